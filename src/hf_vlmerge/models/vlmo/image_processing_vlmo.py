@@ -1,0 +1,24 @@
+# Copyright 2026 The hf_vlmerge authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Images for VLMo-style models: resized straight to a square (the aspect ratio is not kept), scaled to [-1, 1]."""
+
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import IMAGENET_STANDARD_MEAN
+from transformers.image_utils import IMAGENET_STANDARD_STD
+from transformers.image_utils import PILImageResampling
+
+
+class VlmoImageProcessor(PilBackend):
+    """Bicubic resize with Pillow to `size`, then (x / 255 - 0.5) / 0.5; gives `pixel_values` (B, 3, height, width)."""
+
+    resample = PILImageResampling.BICUBIC
+    image_mean = IMAGENET_STANDARD_MEAN
+    image_std = IMAGENET_STANDARD_STD
+    size = {"height": 224, "width": 224}  # noqa: RUF012
+    default_to_square = True
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+
+__all__ = ["VlmoImageProcessor"]
