@@ -1,3 +1,43 @@
-"""hf_vlmerge: merge multimodal transformers and publish the result on the Hugging Face Hub."""
+"""Merge multimodal transformers and publish the result on the Hugging Face Hub.
+
+Importing this package costs milliseconds: the public names below are loaded when they are first used, and
+`hf_vlmerge.auto` only leaves a note for `transformers`' Auto classes, so neither torch nor transformers is imported here.
+"""
+
+from importlib import import_module
+
+from hf_vlmerge import auto
 
 __version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_MODULE_OF = {
+    "VlmoConfig": "hf_vlmerge.models.vlmo.configuration_vlmo",
+    "VlmoModel": "hf_vlmerge.models.vlmo.modeling_vlmo",
+    "VlmoForPreTraining": "hf_vlmerge.models.vlmo.modeling_vlmo",
+    "VlmoForImageAndTextRetrieval": "hf_vlmerge.models.vlmo.modeling_vlmo",
+    "VlmoForQuestionAnswering": "hf_vlmerge.models.vlmo.modeling_vlmo",
+    "VlmoForImagesAndTextClassification": "hf_vlmerge.models.vlmo.modeling_vlmo",
+    "VlmoImageProcessor": "hf_vlmerge.models.vlmo.image_processing_vlmo",
+    "VlmoProcessor": "hf_vlmerge.models.vlmo.processing_vlmo",
+    "Recipe": "hf_vlmerge.merging",
+    "merge": "hf_vlmerge.merging",
+    "distance": "hf_vlmerge.merging",
+}
+
+__all__ = [*_MODULE_OF, "__version__"]  # noqa: PLE0604  (all entries are strings)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})
+
+
+auto.install()

@@ -1,0 +1,16 @@
+"""Fixtures that every test may use."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference numbers beside the repository; tests that need it are skipped, visibly, where it is absent."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "goldens").is_dir():
+        pytest.skip("the folder of reference numbers (../shared) is not here")
+    return folder
