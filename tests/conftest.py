@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference numbers beside the repository; tests that need it are skipped, visibly, where it is absent."""
+    """The folder of reference numbers beside the repository; without it the tests that need it are skipped, visibly."""
     folder = ROOT.parent / "shared"
     if not (folder / "goldens").is_dir():
         pytest.skip("the folder of reference numbers (../shared) is not here")

@@ -1,7 +1,7 @@
 """Merge multimodal transformers and publish the result on the Hugging Face Hub.
 
 Importing this package costs milliseconds: the public names below are loaded when they are first used, and
-`hf_vlmerge.auto` only leaves a note for `transformers`' Auto classes, so neither torch nor transformers is imported here.
+`hf_vlmerge.auto` only leaves a note for the Auto classes, so neither torch nor transformers is imported here.
 """
 
 from importlib import import_module
@@ -25,7 +25,7 @@ _MODULE_OF = {
     "distance": "hf_vlmerge.merging",
 }
 
-__all__ = [*_MODULE_OF, "__version__"]  # noqa: PLE0604  (all entries are strings)
+__all__ = [*_MODULE_OF, "__version__"]
 
 
 def __getattr__(name: str):

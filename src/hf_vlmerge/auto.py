@@ -1,11 +1,12 @@
 """Makes the Auto classes of `transformers` know our models, in any import order, without importing `transformers`.
 
-`transformers` has no plug-in entry point, so a package has to call `AutoConfig.register` and its relatives itself. Doing
-that at import would load torch. Instead, `install()` waits for four kinds of module and acts once, right after each has run:
+`transformers` has no plug-in entry point, so a package has to call `AutoConfig.register` and its relatives itself.
+Doing that at import would load torch. Instead, `install()` waits for four kinds of module and acts once, right after
+each has run:
 
 * `configuration_auto`: register our configuration classes;
-* our own `configuration_<family>`: wrap `__init__`, so that the first instance registers the model classes. Every look-up
-  of a model class holds a configuration instance, and by then `modeling_auto` can be imported without a circle;
+* our own `configuration_<family>`: wrap `__init__`, so that the first instance registers the model classes. Every
+  look-up of a model class holds a configuration instance, and by then `modeling_auto` can be imported without a circle;
 * `processing_auto` and `image_processing_auto`: register the processors, which are looked up by name alone.
 
 A module that has already run is acted upon at once.
@@ -62,8 +63,8 @@ def install() -> None:
 
 
 class _AfterImport:
-    """Entry of `sys.meta_path`: finds the modules it waits for as the other finders would, and calls their action once when
-    they have run. (It does not derive from `importlib.abc.MetaPathFinder`: that import alone takes 30 ms.)"""
+    """Entry of `sys.meta_path` that finds the modules it waits for as the other finders would, and calls their action
+    once when they have run. (It does not derive from `importlib.abc.MetaPathFinder`: that import takes 30 ms.)"""
 
     def __init__(self, actions: dict[str, Callable[[], None]]):
         self.actions = actions
@@ -136,7 +137,7 @@ def _register_image_processors() -> None:
                 config, image_processor_classes={"pil": image_processor}, exist_ok=True
             )
         except ImportError:
-            # transformers 5.17 refuses any use of AutoImageProcessor without torchvision: there is nothing to register with.
+            # transformers 5.17 refuses any use of AutoImageProcessor without torchvision: nothing to register with.
             return
 
 
