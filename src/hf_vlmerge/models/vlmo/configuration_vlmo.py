@@ -15,12 +15,12 @@ class VlmoConfig(PreTrainedConfig):
     Sizes and switches of a VLMo-style model; the defaults are the base size of the papers at 224 pixels.
 
     Args:
-        expert_modules (`list[str]`): which modules have one copy a modality. Subset of `["attention", "ffn", "layer_norm"]`:
-            all three is the modality-specific architecture, `["attention"]`, `["ffn"]`, `["layer_norm"]` the custom ones
-            (attention brings its norm along, and so does the FFN), `[]` the modality-agnostic one.
+        expert_modules (`list[str]`): modules that have one copy a modality, of "attention", "ffn", "layer_norm". All
+            three make the modality-specific architecture, one of them a custom one (attention brings its norm along,
+            and so does the FFN), none the modality-agnostic one.
         num_fusion_layers (`int`): the top M layers, which have a `vision_language` expert and see both modalities.
-        joint_attention_in_lower_layers (`bool`): in a joint pass the lower layers attend over both modalities (Microsoft's
-            VLMo and the released custom-layer-norm form) in place of each modality on its own (the paper).
+        joint_attention_in_lower_layers (`bool`): in a joint pass the lower layers attend over both modalities
+            (Microsoft's VLMo and the released custom-layer-norm form) in place of each modality on its own (the paper).
         num_text_positions (`int`): S of the table of relative positions, which has (2g-1)^2 + 5 + 2S rows for a grid of
             g x g patches. The longest text is S tokens.
         max_text_length (`int`): tokens that processors pad and truncate to.
@@ -29,8 +29,8 @@ class VlmoConfig(PreTrainedConfig):
         num_modality_types (`int`): rows of the modality embedding: text, image (and second image, for NLVR2).
         itc_loss_weight, mlm_loss_weight (`float`): factors on the plain contrastive loss and on the MLM loss
             (0.25 in the paper); the image-text matching loss has weight 1.
-        expert_layout (`dict`): what a merging tool has to know: the names of the experts as they stand in tensor names, the
-            name that their merge gets, and the updates that the merged model's configuration needs.
+        expert_layout (`dict`): what a merging tool has to know: the names of the experts as they stand in tensor
+            names, the name that their merge gets, and the updates that the merged model's configuration needs.
 
     Example:
 
@@ -105,7 +105,7 @@ class VlmoConfig(PreTrainedConfig):
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}.")
         if not 0 <= self.num_fusion_layers <= self.num_hidden_layers:
             raise ValueError(
-                f"num_fusion_layers is {self.num_fusion_layers}; expected 0 to num_hidden_layers = {self.num_hidden_layers}."
+                f"num_fusion_layers is {self.num_fusion_layers}; expected 0 to {self.num_hidden_layers}, the layers."
             )
 
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The hf_vlmerge authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """The block of VLMo-style models: experts, attention, feed-forward network, stochastic depth, relative positions.
 
-B = batch, S = sequence (text first, then image), T = text tokens, F = image tokens (class token and patches), D = width,
-H = heads, N = layers.
+B = batch, S = sequence (text first, then image), T = text tokens, F = image tokens (class token and patches),
+D = width, H = heads, N = layers.
 """
 
 from collections.abc import Callable
@@ -174,7 +174,8 @@ def image_position_index(grid: int, device: torch.device | None = None) -> torch
     """
     Rows of the position table for image tokens (class token, then patches row by row): (F, F) with F = grid^2 + 1.
 
-    Offsets are query minus key; the three rows behind them serve class token -> any, any -> class token, class -> class.
+    Offsets are query minus key; the three rows behind them serve class token to any, any to class token, and
+    class token to itself.
     """
     span = 2 * grid - 1
     side = torch.arange(grid, device=device)

@@ -13,7 +13,7 @@ class VlmoImageProcessor(PilBackend):
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_STANDARD_MEAN
     image_std = IMAGENET_STANDARD_STD
-    size = {"height": 224, "width": 224}  # noqa: RUF012
+    size = {"height": 224, "width": 224}
     default_to_square = True
     do_resize = True
     do_rescale = True

@@ -1,12 +1,13 @@
 # Copyright 2026 The hf_vlmerge authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """VLMo-style models: one class whose configuration gives the five architectures of Sung et al. 2023 (section 3).
 
-A pass takes an image, a text or both. In a joint pass the lower layers process each modality on its own, with that modality's
-expert; the fusion layers process all tokens with the `vision_language` expert. So the lower stack of a modality is the same
-work in every pass over the same input, and a `Stream` carries it from pass to pass: a pre-training step runs each stack once.
+A pass takes an image, a text or both. In a joint pass the lower layers process each modality on its own, with that
+modality's expert; the fusion layers process all tokens with the `vision_language` expert. So the lower stack of a
+modality is the same work in every pass over the same input, and a `Stream` carries it from pass to pass: a
+pre-training step runs each stack once.
 
-B = batch, S = sequence (text first, then image), T = text tokens, F = image tokens (class token and patches), D = width,
-H = heads, N = layers, M = fusion layers, V = vocabulary.
+B = batch, S = sequence (text first, then image), T = text tokens, F = image tokens (class token and patches),
+D = width, H = heads, N = layers, M = fusion layers, V = vocabulary.
 """
 
 import math
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils import can_return_tuple
 
 from .configuration_vlmo import VlmoConfig
 from .experts_vlmo import Segment
@@ -33,9 +35,9 @@ from .experts_vlmo import text_position_index
 class VlmoModelOutput(ModelOutput):
     """
     Shapes:
-        last_hidden_state (B, S, D) after the final norm, text tokens first; pooler_output (B, D), the tanh-pooled first token
-        (trained in joint passes only); hidden_states: N + 1 of (B, S, D); attentions: N of (B, H, S, S), zero between modalities
-        where a layer processed them apart (eager attention only)
+        last_hidden_state (B, S, D) after the final norm, text tokens first; pooler_output (B, D), the tanh-pooled
+        first token (trained in joint passes only); hidden_states: N + 1 of (B, S, D); attentions: N of (B, H, S, S),
+        zero between modalities where a layer processed them apart (eager attention only)
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -69,7 +71,8 @@ class VlmoForPreTrainingOutput(ModelOutput):
 class VlmoRetrievalOutput(ModelOutput):
     """
     Shapes:
-        loss (); logits_per_image (B images, B texts), logits_per_text its transpose; image_embeds, text_embeds (B, D), unit length
+        loss (); logits_per_image (B images, B texts), logits_per_text its transpose; image_embeds, text_embeds (B, D),
+        unit length
     """
 
     loss: torch.FloatTensor | None = None
@@ -284,11 +287,11 @@ class VlmoPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["VlmoLayer"]  # noqa: RUF012
+    _no_split_modules = ["VlmoLayer"]
     # contrastive and matching losses are means over rows, not sums over tokens that a trainer could rescale
     accepts_loss_kwargs = False
     # a checkpoint may carry the heads of another task
-    _keys_to_ignore_on_load_unexpected = [r"^itc\.", r"^itm_head\.", r"^mlm_head\.", r"^classifier\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^itc\.", r"^itm_head\.", r"^mlm_head\.", r"^classifier\."]
     num_images = 1
 
     @torch.no_grad()
@@ -326,8 +329,8 @@ class VlmoPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """
-        As in transformers, and a checkpoint of another resolution is fitted to the `image_size` that is asked for (in `config` or
-        as keyword): the image part of the table of relative positions is resized, nothing else depends on it.
+        As in transformers, and a checkpoint of another resolution is fitted to the `image_size` that is asked for, as
+        keyword or in `config`: the image part of the position table is resized; nothing else depends on the resolution.
         """
         hub = {
             key: kwargs[key]
@@ -414,7 +417,7 @@ class VlmoModel(VlmoPreTrainedModel):
         return self.encoder.norm(stream.states)
 
     def joint_input(self, stream: Stream) -> Stream:
-        """What a joint pass wants of one modality: the output of its lower stack, or its embeddings if they attend jointly."""
+        """What a joint pass wants of one modality: lower states, or embeddings if the lower layers attend jointly."""
         return stream if self.config.joint_attention_in_lower_layers else self.lower(stream)
 
     def fuse(self, joint: Stream, trace: Trace | None = None) -> torch.Tensor:
@@ -425,6 +428,7 @@ class VlmoModel(VlmoPreTrainedModel):
             joint = self.encoder.run(joint, ("language", "vision"), 0, self.config.num_lower_layers, trace)
         return self.upper(joint, "vision_language", trace)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -432,9 +436,8 @@ class VlmoModel(VlmoPreTrainedModel):
         pixel_values: torch.FloatTensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs,
-    ) -> VlmoModelOutput | tuple:
+    ) -> VlmoModelOutput:
         """
         A text pass, an image pass, or a joint pass, by what is given.
 
@@ -468,16 +471,12 @@ class VlmoModel(VlmoPreTrainedModel):
             hidden_states=(embedded, *trace.hidden_states) if want_states else None,
             attentions=tuple(trace.attentions) if want_weights else None,
         )
-        return finish(output, return_dict, self.config)
-
-
-def finish(output: ModelOutput, return_dict: bool | None, config: VlmoConfig) -> ModelOutput | tuple:
-    return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return output
 
 
 class VlmoContrastiveHead(nn.Module):
-    """Image-text contrast: one projection a modality and a learned temperature; in pre-training also a second pair for the
-    outputs of the `vision_language` experts ("vl" branch)."""
+    """Image-text contrast: a projection for each modality and a learned temperature; pre-training has a second set for
+    the outputs of the `vision_language` experts ("vl" branch)."""
 
     def __init__(self, config: VlmoConfig, two_branches: bool):
         super().__init__()
@@ -543,6 +542,7 @@ class VlmoForPreTraining(VlmoPreTrainedModel):
         self.mlm_head = VlmoMlmHead(config)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -552,19 +552,19 @@ class VlmoForPreTraining(VlmoPreTrainedModel):
         labels: torch.LongTensor | None = None,
         negative_image_index: torch.LongTensor | None = None,
         negative_text_index: torch.LongTensor | None = None,
-        return_dict: bool | None = None,
         **kwargs,
-    ) -> VlmoForPreTrainingOutput | tuple:
+    ) -> VlmoForPreTrainingOutput:
         """
         A training step if `labels` are given, else the outputs of the three heads for matched pairs.
 
-        Each single-modality lower stack runs once: contrast, matched and unmatched pairs share it (the image's also serves the
-        masked text), which is the same loss and gradient as separate passes, except that in training mode they also share the
-        draws of dropout and stochastic depth. `joint_attention_in_lower_layers` leaves nothing to share in joint passes.
+        Each single-modality lower stack runs once: contrast, matched and unmatched pairs share it (the image's also
+        serves the masked text), which is the same loss and gradient as separate passes, except that in training mode
+        they also share the draws of dropout and stochastic depth. `joint_attention_in_lower_layers` leaves nothing to
+        share in joint passes.
 
         Args:
-            mlm_input_ids: ids with masked words; `labels` their true ids and -100 elsewhere. Without labels the MLM logits are
-                those of `input_ids`.
+            mlm_input_ids: ids with masked words; `labels` their true ids and -100 elsewhere. Without labels the MLM
+                logits are those of `input_ids`.
             negative_image_index, negative_text_index: rows of the batch to pair each text and each image with; drawn by
                 contrastive similarity when absent.
 
@@ -584,7 +584,7 @@ class VlmoForPreTraining(VlmoPreTrainedModel):
             states = base.fuse(text.join(image))
             output.itm_logits = self.itm_head(base.pooler(states))
             output.mlm_logits = self.mlm_head(states[:, : text.text_tokens])
-            return finish(output, return_dict, self.config)
+            return output
         if mlm_input_ids is None:
             raise ValueError("labels were given without mlm_input_ids, the text in which those words are masked.")
 
@@ -607,10 +607,10 @@ class VlmoForPreTraining(VlmoPreTrainedModel):
         output.mlm_logits = self.mlm_head(states[3 * rows :, : text.text_tokens])
         output.mlm_loss = masked_cross_entropy(output.mlm_logits, labels)
         output.loss = output.itc_loss + output.itm_loss + self.config.mlm_loss_weight * output.mlm_loss
-        return finish(output, return_dict, self.config)
+        return output
 
     def contrast(self, text: Stream, image: Stream, with_loss: bool) -> VlmoForPreTrainingOutput:
-        """ITC on the outputs of the modality's own experts, and (for the loss) on those of the `vision_language` experts."""
+        """ITC on the outputs of the modality's own experts, and for the loss also of the `vision_language` experts."""
         base, head = self.vlmo, self.itc
         text_states, image_states = base.upper(text, "language"), base.upper(image, "vision")
         text_embeds = embed(head.text_projection, text_states)
@@ -657,20 +657,21 @@ class VlmoForImageAndTextRetrieval(VlmoPreTrainedModel):
         self.itc = VlmoContrastiveHead(config, two_branches=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         return_loss: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs,
-    ) -> VlmoRetrievalOutput | tuple:
+    ) -> VlmoRetrievalOutput:
         """
         Embeddings of what is given, similarities if both are, and the contrastive loss if it is asked for.
 
         Shapes:
-            input_ids, attention_mask (texts, T); pixel_values (images, 3, image_size, image_size) -> see `VlmoRetrievalOutput`
+            input_ids, attention_mask (texts, T); pixel_values (images, 3, image_size, image_size) -> see
+            `VlmoRetrievalOutput`
         """
         if input_ids is None and pixel_values is None:
             raise ValueError("expected input_ids, pixel_values or both; got neither.")
@@ -686,7 +687,7 @@ class VlmoForImageAndTextRetrieval(VlmoPreTrainedModel):
             output.logits_per_text = output.logits_per_image.t()
         if return_loss:
             output.loss = contrastive_loss(output.logits_per_image)
-        return finish(output, return_dict, self.config)
+        return output
 
 
 class VlmoClassifier(nn.Module):
@@ -711,15 +712,15 @@ class VlmoForQuestionAnswering(VlmoPreTrainedModel):
         self.classifier = VlmoClassifier(config, inputs=1)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor,
         pixel_values: torch.FloatTensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        return_dict: bool | None = None,
         **kwargs,
-    ) -> VlmoClassifierOutput | tuple:
+    ) -> VlmoClassifierOutput:
         """
         The loss is the binary cross-entropy summed over answers, mean over rows (section 4.1).
 
@@ -734,7 +735,7 @@ class VlmoForQuestionAnswering(VlmoPreTrainedModel):
                 labels = nn.functional.one_hot(labels, self.config.num_labels)
             loss = nn.functional.binary_cross_entropy_with_logits(output.logits, labels.to(output.logits.dtype))
             output.loss = loss * self.config.num_labels
-        return finish(output, return_dict, self.config)
+        return output
 
 
 class VlmoForImagesAndTextClassification(VlmoPreTrainedModel):
@@ -748,15 +749,15 @@ class VlmoForImagesAndTextClassification(VlmoPreTrainedModel):
         self.classifier = VlmoClassifier(config, inputs=self.num_images)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor,
         pixel_values: torch.FloatTensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        return_dict: bool | None = None,
         **kwargs,
-    ) -> VlmoClassifierOutput | tuple:
+    ) -> VlmoClassifierOutput:
         """
         Shapes:
             input_ids, attention_mask (B, T); pixel_values (B, 2, 3, image_size, image_size); labels (B,)
@@ -773,7 +774,7 @@ class VlmoForImagesAndTextClassification(VlmoPreTrainedModel):
         output = VlmoClassifierOutput(logits=self.classifier(pooled))
         if labels is not None:
             output.loss = nn.functional.cross_entropy(output.logits, labels)
-        return finish(output, return_dict, self.config)
+        return output
 
 
 __all__ = [

@@ -24,8 +24,10 @@ class VlmoProcessor(ProcessorMixin):
     ):
         """
         Args:
-            images: one image or a list (Pillow, NumPy, torch); text: a string or a list of strings; either may be absent.
-            padding, truncation, max_length, return_tensors: as for tokenizers; other keywords go to the image processor.
+            images: one image or a list (Pillow, NumPy, torch); may be absent.
+            text: a string or a list of strings; may be absent.
+            padding, truncation, max_length, return_tensors: as for tokenizers. Other keywords go to the image
+                processor.
 
         Shapes:
             -> input_ids, attention_mask (B, T); pixel_values (B, 3, H, W)
