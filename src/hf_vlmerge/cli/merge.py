@@ -1,0 +1,60 @@
+"""`hf-vlmerge merge`: run a recipe."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="Recipe: a YAML file.")],
+    out: Annotated[Path | None, typer.Argument(help="Folder to write; not needed with --dry-run.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what applies to each tensor, write nothing.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
+    no_fsync: Annotated[bool, typer.Option("--no-fsync", help="Do not wait for the disk at the end.")] = False,
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and Inf in inputs.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="dtype of the output, for example bfloat16.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+):
+    """Merge what a recipe names, and write a folder that `from_pretrained` loads, with a model card.
+
+    \b
+    Example: hf-vlmerge merge hub_configs/recipes/interpolation.yaml merged --dry-run
+    """
+    if out is None and not dry_run:
+        raise typer.BadParameter("a folder to write is missing: hf-vlmerge merge RECIPE OUT (or --dry-run).")
+    if not recipe.is_file():
+        raise FileNotFoundError(f"the recipe {recipe} is not a file.")
+
+    from hf_vlmerge.hub.card import write_merge_card
+    from hf_vlmerge.merging import Recipe
+    from hf_vlmerge.merging import merge as run
+
+    loaded = Recipe.load(recipe)
+    if dtype is not None:
+        loaded = dataclasses.replace(loaded, out_dtype=dtype)
+    report = run(
+        loaded,
+        out,
+        finish=write_merge_card,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        allow_nonfinite=allow_nonfinite,
+        fsync=not no_fsync,
+    )
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2, default=str))
+        return
+    for note in report.notes:
+        print(f"note: {note}")
+    if dry_run:
+        print(report.table())
+        return
+    counts = ", ".join(f"{number} {what}" for what, number in report.counts.items())
+    print(
+        f"{out}: {report.parameters:,} parameters from {report.input_parameters:,} ({counts}), {report.seconds:.1f} s"
+    )
