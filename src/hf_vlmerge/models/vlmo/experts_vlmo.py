@@ -143,6 +143,9 @@ class VlmoLayer(GradientCheckpointingLayer):
         self.ffn = experts(lambda: VlmoFeedForward(config), "ffn")
         self.layer_scale_1 = nn.Parameter(torch.full((config.hidden_size,), float(config.layer_scale_init_value)))
         self.layer_scale_2 = nn.Parameter(torch.full((config.hidden_size,), float(config.layer_scale_init_value)))
+        for name, module in self.named_modules():
+            if name.endswith(("proj", "fc1", "fc2")):  # deeper blocks start smaller (section 4.1 of BEiT)
+                module.initializer_scale = (2 * (index + 1)) ** -0.5
         self.drop_path = VlmoDropPath(config.drop_path_rate * index / max(1, config.num_hidden_layers - 1))
 
     def forward(

@@ -10,7 +10,6 @@ B = batch, S = sequence (text first, then image), T = text tokens, F = image tok
 D = width, H = heads, N = layers, M = fusion layers, V = vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +23,6 @@ from transformers.utils import can_return_tuple
 from .configuration_vlmo import VlmoConfig
 from .experts_vlmo import Segment
 from .experts_vlmo import VlmoAttention
-from .experts_vlmo import VlmoFeedForward
 from .experts_vlmo import VlmoLayer
 from .experts_vlmo import image_position_index
 from .experts_vlmo import resize_position_table
@@ -298,25 +296,19 @@ class VlmoPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, VlmoLayer):
-            # deeper blocks start smaller: proj, fc1 and fc2 are divided by sqrt(2 (i + 1))
-            depth_std = std / math.sqrt(2 * (module.index + 1))
-            for part in module.modules():
-                if isinstance(part, VlmoAttention):
-                    init.trunc_normal_(part.qkv.weight, std=std)
-                    init.trunc_normal_(part.proj.weight, std=depth_std)
-                    init.zeros_(part.q_bias)
-                    init.zeros_(part.v_bias)
-                elif isinstance(part, VlmoFeedForward):
-                    init.trunc_normal_(part.fc1.weight, std=depth_std)
-                    init.trunc_normal_(part.fc2.weight, std=depth_std)
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=std * getattr(module, "initializer_scale", 1.0))
+        elif isinstance(module, nn.Embedding):
+            # padding is an ordinary row with random values, only its gradient is blocked
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, VlmoAttention):
+            init.zeros_(module.q_bias)
+            init.zeros_(module.v_bias)
+        elif isinstance(module, VlmoLayer):
             init.constant_(module.layer_scale_1, self.config.layer_scale_init_value)
             init.constant_(module.layer_scale_2, self.config.layer_scale_init_value)
-        elif isinstance(module, VlmoTextEmbeddings):
-            # padding is an ordinary row with random values, only its gradient is blocked
-            init.normal_(module.word_embeddings.weight, std=std)
         elif isinstance(module, VlmoImageEmbeddings):
-            init.trunc_normal_(module.cls_token, std=std)
+            init.normal_(module.cls_token, std=std)
         elif isinstance(module, VlmoEncoder):
             init.zeros_(module.relative_position_bias_table)
         elif isinstance(module, VlmoContrastiveHead):
