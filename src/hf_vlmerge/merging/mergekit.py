@@ -1,0 +1,78 @@
+"""mergekit's recipe form in our words: the same keys run unchanged where they mean something here.
+
+Understood: ``merge_method``, ``base_model``, ``models`` with scalars, layer gradients and filter lists, ``dtype``,
+``out_dtype``, ``tokenizer_source`` (base or a model), and ``slices`` in which every source spans all layers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import MergeError
+from .registry import get_merge_method, list_merge_methods
+
+IGNORED = ("int8_mask", "name", "chat_template", "tokenizer")
+
+
+def translate(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the recipe in the native form, and notes on what was ignored."""
+    content, notes = dict(recipe), []
+    content["parameters"] = dict(content.get("parameters") or {})
+    for where in (content, content["parameters"]):
+        for key in IGNORED:
+            if where.pop(key, None) is not None:
+                notes.append(f"{key}: has no meaning here and is ignored")
+    if "slices" in content:
+        _join_slices(content)
+    if isinstance(content.get("models"), list | tuple):
+        content["models"] = [_model(m) for m in content["models"]]
+        _place_base(content)
+        _carry_files(content, notes)
+    if not content["parameters"]:
+        del content["parameters"]
+    return content, notes
+
+
+def _join_slices(content: dict[str, Any]) -> None:
+    """Layer stacking is refused; one slice in which every source spans the same layers from 0 is the models form."""
+    slices = content.pop("slices")
+    sources = slices[0].get("sources") if isinstance(slices, list) and len(slices) == 1 else None
+    spans = {tuple(s.get("layer_range") or ()) for s in sources or ()}
+    span = min(spans, default=())
+    if "models" in content or len(spans) != 1 or len(span) != 2 or span[0] != 0:
+        raise MergeError("slices: layer stacking is not understood; every source must span all layers, in one slice")
+    content["parameters"] = {**content["parameters"], **(slices[0].get("parameters") or {})}
+    content["models"] = [{k: v for k, v in s.items() if k != "layer_range"} for s in sources]
+    content["layers"] = int(span[1])
+
+
+def _model(entry: Any) -> Any:
+    """A model may be written as {model: {path, revision}}."""
+    if isinstance(entry, Mapping) and isinstance(entry.get("model"), Mapping):
+        path = entry["model"].get("path")
+        path = path.get("path") if isinstance(path, Mapping) else path
+        revision = entry["model"].get("revision")
+        return {**entry, "model": f"{path}@{revision}" if revision else path}
+    return entry
+
+
+def _place_base(content: dict[str, Any]) -> None:
+    """A base listed among the models: it is no member of a delta method, and the first member of any other."""
+    base, name = content.get("base_model"), content.get("merge_method")
+    listed = [m for m in content["models"] if (m.get("model") if isinstance(m, Mapping) else m) == base]
+    if base is None or not listed or name not in list_merge_methods():
+        return
+    others = [m for m in content["models"] if m not in listed]
+    content["models"] = others if get_merge_method(name).needs_base else [*listed, *others]
+
+
+def _carry_files(content: dict[str, Any], notes: list[str]) -> None:
+    """tokenizer_source is our files_from, as far as it names one model."""
+    source = content.pop("tokenizer_source", None)
+    if source is None:
+        return
+    refs = [m.get("model") if isinstance(m, Mapping) else m for m in content["models"]]
+    if source == "union" or (source != "base" and source not in refs):
+        raise MergeError(f"tokenizer_source: {source!r} is not understood; give 'base' or one of the models")
+    if source in refs:
+        content["files_from"] = source
+    notes.append(f"tokenizer_source: all side files are carried from {source!r}")

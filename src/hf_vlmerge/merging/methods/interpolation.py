@@ -1,0 +1,26 @@
+"""Interpolation of the experts inside one checkpoint: Sung et al., 2023 (arXiv 2304.14933), section 4."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .._ops import weighted_sum
+from ..registry import Chunk, MergeError, merge_method
+
+
+@merge_method("interpolation", paper="2304.14933", weighted=False, average=True)
+def interpolation(*, ratio: float = 0.5, fusion_share: float = 1 / 3) -> Callable[[Chunk], Tensor]:
+    """Vision against language, with a fixed share for the cross-modal expert of fusion layers.
+
+    ratio: vision's share alpha. fusion_share: share of the cross-modal expert where there are three.
+    Members come in the order vision, language, cross-modal; a single member (a rule's choice) stays as it is.
+    """
+
+    def merge(c: Chunk) -> Tensor:
+        if len(c.members) > 3:
+            raise MergeError(f"interpolation merges at most 3 members, {c.name} has {len(c.members)}")
+        share = fusion_share if len(c.members) == 3 else 0.0
+        weights = [(1 - share) * ratio, (1 - share) * (1 - ratio), share]  # vision, language, cross-modal
+        return c.x[0].clone() if len(c.members) == 1 else weighted_sum(c.x, weights[: len(c.members)])
+
+    return merge

@@ -1,0 +1,29 @@
+"""Modality arithmetic: Sung et al., 2023 (arXiv 2304.14933), section 4. The base is the seed checkpoint."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .._ops import weighted_sum
+from ..registry import Chunk, merge_method
+
+
+@merge_method("modality_arithmetic", paper="2304.14933", needs_base=True, weighted=False)
+def modality_arithmetic(*, scale: float = 0.5, sequential: bool = False) -> Callable[[Chunk], Tensor]:
+    """Seed plus scaled sum of modality vectors: base + scale * sum (x_i - base).
+
+    scale: lambda. sequential: what the released code computes. There the running sum is the base itself, so each next
+    difference is taken from the already moved weights, in member order; a single member replaces the base (factor 1).
+    """
+
+    def merge(c: Chunk) -> Tensor:
+        if not sequential:
+            return c.base + weighted_sum(c.deltas(), [1.0] * len(c.members)) * scale
+        if len(c.members) == 1:
+            return c.x[0].clone()
+        moved = c.base
+        for x in c.x:
+            moved = moved + (x - moved) * scale
+        return moved
+
+    return merge

@@ -1,0 +1,22 @@
+"""Task arithmetic: Ilharco et al., 2022 (arXiv 2212.04089)."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .._ops import normalized, weighted_sum
+from ..registry import Chunk, merge_method
+
+
+@merge_method("task_arithmetic", paper="2212.04089", needs_base=True)
+def task_arithmetic(*, scale: float = 1.0, normalize: bool = False) -> Callable[[Chunk], Tensor]:
+    """Base plus scaled sum of task vectors: base + scale * sum w_i (x_i - base).
+
+    scale: lambda. normalize: divide the sum by the sum of the weights, which makes it a mean of task vectors.
+    """
+
+    def merge(c: Chunk) -> Tensor:
+        weights = c.weights.tolist()
+        return c.base + weighted_sum(c.deltas(), normalized(weights) if normalize else weights) * scale
+
+    return merge

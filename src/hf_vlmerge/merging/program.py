@@ -1,0 +1,143 @@
+"""The protocol between methods and the engine: chunks of tensors, reductions over them, and programs that ask for both.
+
+A method is a function of its parameters. It returns the function that merges one chunk; a method that must first know
+something about the whole tensor is a generator, which yields reductions and receives their sums. Because sums are taken
+over blocks of fixed size in flat order, neither the chunk size nor the number of threads can change a bit of the result.
+"""
+
+import hashlib
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from inspect import isgenerator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 16  # elements; sums run over blocks of this size in flat order, whatever the chunk size
+
+Unit = Literal["element", "row", "tensor"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of one output tensor in float32, seen in all members at once.
+
+    Shapes: ``x`` is (members, n) for unit "element", (members, rows, columns) for "row", (members, *shape) for "tensor";
+    ``base`` the same without the first axis; ``weights`` (members,) float64. ``statistics`` and ``tokens`` (the number of
+    input rows behind each statistic) come in member order. ``start`` is the flat index of the first element.
+    """
+
+    x: Tensor
+    base: Tensor | None
+    members: tuple[str, ...]
+    weights: Tensor
+    statistics: tuple[Tensor | None, ...] = ()
+    tokens: tuple[int | None, ...] = ()
+    name: str = ""
+    start: int = 0
+    seed: int = 0
+
+    def deltas(self) -> Tensor:
+        """Task vectors (modality vectors): members minus base, shaped like ``x``."""
+        return self.x - self.base
+
+    def uniform(self, member: str) -> Tensor:
+        """Random numbers in [0, 1), float64, one an element of ``x[0]``: a function of seed, name, member and flat index."""
+        identity = hashlib.sha256(f"{self.seed}\0{self.name}\0{member}".encode()).digest()
+        counter, skip = divmod(self.start, 4)  # Philox makes four numbers a step of its counter
+        bits = np.random.Philox(key=np.frombuffer(identity[:16], np.uint64), counter=counter)
+        numbers = np.random.Generator(bits).random(skip + self.x[0].numel())[skip:]
+        return torch.from_numpy(numbers).reshape(self.x.shape[1:])
+
+
+Reduce = Callable[[Chunk], tuple[Tensor, ...]]  # int64 or float64 of fixed shape; the engine adds them up
+
+
+class WholeModel(NamedTuple):
+    """A reduction summed over all tensors of the model that share the method and its parameters.
+
+    Each tensor it returns has one row a member; rows are added up by member, since not every tensor has every member.
+    A program asks for these before its reductions over one tensor.
+    """
+
+    reduce: Reduce
+
+
+Request = Reduce | WholeModel
+Program = Generator[Request, tuple[Tensor, ...], Any]  # returns what the method makes of it: a function of a chunk
+
+
+class Step(NamedTuple):
+    """Where a program stands: its open ``request``, or (request None) its ``result``."""
+
+    request: Request | None
+    result: Any = None
+
+
+def begin(program: Any) -> Step:
+    """Start a program. A method without ``yield`` has returned its result already."""
+    return resume(program, None) if isgenerator(program) else Step(None, program)
+
+
+def resume(program: Program, totals: tuple[Tensor, ...] | None) -> Step:
+    """Hand the sums to a program that waits for them."""
+    try:
+        return Step(program.send(totals))
+    except StopIteration as end:
+        return Step(None, end.value)
+
+
+def complete(program: Any, step: Step, chunks: Callable[[], Iterable[Chunk]], unit: Unit) -> Any:
+    """Serve all open requests of a program from the chunks of its one tensor, and return its result."""
+    while step.request is not None:
+        reduce = step.request.reduce if isinstance(step.request, WholeModel) else step.request
+        step = resume(program, total(reduce, chunks(), unit))
+    return step.result
+
+
+def total(reduce: Reduce, chunks: Iterable[Chunk], unit: Unit) -> tuple[Tensor, ...]:
+    """Sum a reduction over all blocks of all chunks, in flat order."""
+    sums: tuple[Tensor, ...] | None = None
+    for chunk in chunks:
+        for block in blocks(chunk, unit):
+            part = reduce(block)
+            if any(p.dtype not in (torch.int64, torch.float64) for p in part):
+                raise TypeError(f"a reduction returns int64 or float64, not {[str(p.dtype) for p in part]}")
+            sums = part if sums is None else tuple(a + b for a, b in zip(sums, part, strict=True))
+    return sums or ()
+
+
+def blocks(chunk: Chunk, unit: Unit) -> Iterator[Chunk]:
+    """Cut a chunk into its blocks: BLOCK elements, as many whole rows as fit, or the whole tensor."""
+    if unit == "tensor":
+        yield chunk
+        return
+    width = 1 if unit == "element" else max(1, chunk.x.shape[2])
+    step = max(1, BLOCK // width)
+    for at in range(0, chunk.x.shape[1], step):
+        base = None if chunk.base is None else chunk.base[at : at + step]
+        yield replace(chunk, x=chunk.x[:, at : at + step], base=base, start=chunk.start + at * width)
+
+
+def shape_for(unit: Unit, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which a method of this unit sees one whole tensor."""
+    if unit == "tensor":
+        return shape
+    if unit == "element":
+        return (int(np.prod(shape, dtype=np.int64)),)
+    rows = shape[0] if len(shape) > 1 else 1
+    return (rows, int(np.prod(shape, dtype=np.int64)) // max(rows, 1))
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Run torch with one thread: its sums and BLAS calls differ in the last bit between thread counts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,235 @@
+"""Registries of merge methods and distances: one file each, found by scanning the folder, called on tensors or by the engine.
+
+The signature of a method is its schema: its keyword parameters, their annotations and defaults are what a recipe may say.
+"""
+
+import importlib
+import inspect
+import math
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin
+
+import torch
+from torch import Tensor
+
+from .errors import MergeError, nearest
+from .program import Chunk, Program, Reduce, Unit, WholeModel, begin, complete, shape_for, single_thread, total
+
+__all__ = ["Chunk", "MergeError", "PerMember", "Program", "Reduce", "WholeModel", "distance_metric", "merge_method"]
+
+PerMember = Union[float, Sequence[float], Mapping[str, float]]  # noqa: UP007 - compared by identity in schemas
+ALIASES = {"lambda": "scale", "weight": "weights", "t": "ratio"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What methods and distances have in common: a program made from keyword parameters."""
+
+    name: str
+    function: Callable[..., Any]
+    paper: str | None = None
+    unit: Unit = "element"
+    needs_base: bool = False
+    statistics: str | None = None  # kind of statistics it needs: "gram"
+    weighted: bool = False  # reads Chunk.weights
+    average: bool = False  # every output value is a weighted average of the members' values
+    keeps_equal: Callable[[Mapping[str, Any], Sequence[float]], bool] = lambda parameters, weights: True
+
+    @cached_property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        return dict(inspect.signature(self.function).parameters)
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    def is_per_member(self, parameter: str) -> bool:
+        return parameter == "weights" or self.parameters[parameter].annotation == PerMember
+
+    def check_name(self, name: str) -> str:
+        """Return the parameter's own name for ``name`` or one of its aliases; unknown ones are errors."""
+        own = ALIASES.get(name, name)
+        if own in self.parameters or (own == "weights" and self.weighted):
+            return own
+        valid = [*self.parameters, *(["weights"] if self.weighted else [])]
+        known = nearest(name, valid) if valid else "; it has no parameters"
+        raise MergeError(f"{self.name} has no parameter {name!r}{known}")
+
+    def bind(self, values: Mapping[str, Any], members: Sequence[str]) -> tuple[dict[str, Any], tuple[float, ...]]:
+        """Check values against the schema; return all parameters (per-member ones as tuples) and the members' weights."""
+        given = {self.check_name(name): value for name, value in values.items()}
+        weights = per_member("weights", given.pop("weights", 1.0), members)
+        bound = {}
+        for name, parameter in self.parameters.items():
+            value = given.get(name, parameter.default)
+            if self.is_per_member(name):
+                bound[name] = per_member(name, value, members)
+            else:
+                bound[name] = checked(f"{self.name}: {name}", value, parameter.annotation)
+        return bound, weights
+
+    def program(self, parameters: Mapping[str, Any]) -> Any:
+        """Make the program (or, of a method without reductions, its result) for bound parameters."""
+        return self.function(**parameters)
+
+    def run(
+        self,
+        tensors: Sequence[Tensor],
+        *,
+        base: Tensor | None = None,
+        weights: PerMember | None = None,
+        statistics: Sequence[Tensor | None] | None = None,
+        tokens: Sequence[int | None] | None = None,
+        members: Sequence[str] | None = None,
+        name: str = "",
+        seed: int = 0,
+        **parameters: Any,
+    ) -> tuple[Any, Chunk]:
+        """Run the program on whole tensors of one shape; return its result and the one chunk."""
+        members = tuple(members or (str(i) for i in range(len(tensors))))
+        if weights is not None:
+            parameters["weights"] = weights
+        bound, resolved = self.bind(parameters, members)
+        if self.needs_base and base is None:
+            raise MergeError(f"{self.name} needs a base")
+        shapes = {tuple(t.shape) for t in [*tensors, *([] if base is None else [base])]}
+        if len(shapes) != 1:
+            raise MergeError(f"{name or 'the members'}: shapes differ: {', '.join(map(str, sorted(shapes)))}")
+        view = shape_for(self.unit, shapes.pop())
+        nothing = (None,) * len(tensors)
+        chunk = Chunk(
+            x=torch.stack([t.detach().to(torch.float32).reshape(view) for t in tensors]),
+            base=None if base is None else base.detach().to(torch.float32).reshape(view),
+            members=members,
+            weights=torch.tensor(resolved, dtype=torch.float64),
+            statistics=tuple(statistics or nothing),
+            tokens=tuple(tokens or nothing),
+            name=name,
+            seed=seed,
+        )
+        program = self.program(bound)
+        with single_thread():
+            return complete(program, begin(program), lambda: [chunk], self.unit), chunk
+
+
+@dataclass(frozen=True)
+class MergeMethod(Method):
+    """A merge method; the program's result merges a chunk: (members, n) in, (n,) out."""
+
+    def __call__(self, tensors: Sequence[Tensor], **options: Any) -> Tensor:
+        """Merge whole tensors: one chunk through the program. See :meth:`Method.run` for the options.
+
+        The result has the members' shape, and the dtype of the base where there is one, else of the first member.
+        """
+        base = options.get("base")
+        first = tensors[0] if base is None else base
+        with single_thread():
+            merge, chunk = self.run(tensors, **options)
+            return merge(chunk).reshape(first.shape).to(first.dtype)
+
+
+@dataclass(frozen=True)
+class Distance(Method):
+    """A distance; the program's result is a pair: what to sum over chunks, and the value of such sums."""
+
+    def __call__(self, tensors: Sequence[Tensor], **options: Any) -> float:
+        """Distance between whole tensors. See :meth:`Method.run` for the options."""
+        with single_thread():
+            (terms, value), chunk = self.run(tensors, **options)
+            return float(value(*total(terms, [chunk], self.unit)))
+
+
+M = TypeVar("M", bound=Method)
+
+
+class Registry(Generic[M]):
+    """Named methods of one package; the folder is scanned at the first look-up and import errors raise."""
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind, self.package, self.entries = kind, package, {}
+
+    def add(self, method: M) -> M:
+        if method.name in self.entries:
+            raise ValueError(f"two {self.kind}s are called {method.name!r}")
+        self.entries[method.name] = method
+        return method
+
+    def names(self) -> list[str]:
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        return sorted(self.entries)
+
+    def get(self, name: str) -> M:
+        names = self.names()
+        if name not in names:
+            raise MergeError(f"unknown {self.kind} {name!r}{nearest(name, names)}")
+        return self.entries[name]
+
+
+MERGE_METHODS: Registry[MergeMethod] = Registry("merge method", f"{__package__}.methods")
+DISTANCES: Registry[Distance] = Registry("distance", f"{__package__}.distances")
+
+
+def merge_method(name: str, **traits: Any) -> Callable[[Callable[..., Any]], MergeMethod]:
+    """Register a merge method; traits are the fields of :class:`Method` (it reads the weights unless told otherwise)."""
+    return lambda function: MERGE_METHODS.add(MergeMethod(name, function, **{"weighted": True, **traits}))
+
+
+def distance_metric(name: str, **traits: Any) -> Callable[[Callable[..., Any]], Distance]:
+    """Register a distance."""
+    return lambda function: DISTANCES.add(Distance(name, function, **traits))
+
+
+def get_merge_method(name: str) -> MergeMethod:
+    return MERGE_METHODS.get(name)
+
+
+def list_merge_methods() -> list[str]:
+    return MERGE_METHODS.names()
+
+
+def get_distance(name: str) -> Distance:
+    return DISTANCES.get(name)
+
+
+def list_distances() -> list[str]:
+    return DISTANCES.names()
+
+
+def per_member(name: str, value: PerMember, members: Sequence[str]) -> tuple[float, ...]:
+    """Resolve a scalar, a list in member order or a mapping by alias to one number a member."""
+    if isinstance(value, Mapping):
+        missing = [m for m in members if m not in value]
+        unknown = [k for k in value if k not in members]
+        if missing or unknown:
+            wrong = f"lacks {missing[0]!r}" if missing else f"names {unknown[0]!r}{nearest(unknown[0], members)}"
+            raise MergeError(f"{name}: the mapping {wrong}; the members are {', '.join(members)}")
+        value = [value[m] for m in members]
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        value = value.tolist() if isinstance(value, Tensor) else list(value)
+        if len(value) != len(members):
+            raise MergeError(f"{name}: {len(value)} values for {len(members)} members ({', '.join(members)})")
+    else:
+        value = [value] * len(members)
+    return tuple(checked(name, v, float) for v in value)
+
+
+def checked(name: str, value: Any, annotation: Any) -> Any:
+    """Check one value against float, int, bool, str or Literal; numbers are converted."""
+    if get_origin(annotation) is Literal:
+        if value not in get_args(annotation):
+            raise MergeError(f"{name} must be one of {', '.join(map(repr, get_args(annotation)))}, not {value!r}")
+        return value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is float and number and math.isfinite(value):
+        return float(value)
+    if annotation is int and number and value == int(value):
+        return int(value)
+    if annotation in (bool, str) and isinstance(value, annotation):
+        return value
+    words = {float: "a finite number", int: "a whole number", bool: "true or false", str: "a text"}
+    raise MergeError(f"{name} must be {words[annotation]}, not {value!r}")

@@ -1,0 +1,6 @@
+"""Where tensors come from (sources) and where they go (sinks)."""
+
+from .sinks import atomic_folder, save_checkpoint
+from .sources import TensorSource, open_source
+
+__all__ = ["TensorSource", "atomic_folder", "open_source", "save_checkpoint"]

@@ -1,0 +1,81 @@
+"""Fetching a model repository of the Hub: which files, at which commit, with a retry around each call."""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from ..errors import MergeError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
+ATTEMPTS = 4  # with pauses of 1, 2 and 4 seconds
+PAUSE = 1.0
+SIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.vocab", "*.merges", "LICENSE*", "NOTICE*")
+T = TypeVar("T")
+
+
+class Snapshot(NamedTuple):
+    """A downloaded repository: its name, commit, folder, and the sha256 of large files as the Hub reports them."""
+
+    repo: str
+    revision: str
+    folder: Path
+    sha256: dict[str, str]
+
+
+def is_hub_id(ref: str) -> bool:
+    looks_like_file = ref.endswith((".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".yaml", ".yml"))
+    return bool(HUB_ID.fullmatch(ref)) and not looks_like_file
+
+
+def fetch(ref: str) -> Snapshot:
+    """Download (or find in the cache) the weights and side files of ``org/name[@revision]``; shows a progress bar a file."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    repo, _, revision = ref.partition("@")
+    try:
+        if constants.HF_HUB_OFFLINE:
+            folder = Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
+            return Snapshot(repo, folder.name, folder, {})
+        info = retried(lambda: HfApi().model_info(repo, revision=revision or None, files_metadata=True))
+        files = {f.rfilename: f.lfs.sha256 if f.lfs else None for f in info.siblings or ()}
+        patterns = [*SIDE, *weight_patterns(list(files))]
+        folder = retried(lambda: snapshot_download(repo, revision=info.sha, allow_patterns=patterns))
+        return Snapshot(repo, info.sha, Path(folder), {name: sha for name, sha in files.items() if sha})
+    except GatedRepoError:
+        raise MergeError(f"{repo} is gated: ask for access on its page and log in with `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise MergeError(f"{repo} has no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise MergeError(f"{repo!r} is neither a folder here nor a model on the Hub (or it is private: log in)") from None
+    except LocalEntryNotFoundError:
+        raise MergeError(f"{ref} is not in the local cache, and the Hub cannot be reached") from None
+    except (OSError, ValueError) as error:
+        raise MergeError(f"{ref} could not be fetched from the Hub: {str(error).splitlines()[0]}") from error
+
+
+def weight_patterns(files: list[str]) -> list[str]:
+    """The usual safetensors files where there are any, else whatever safetensors there are, else the pickled weights."""
+    top = [f for f in files if "/" not in f]
+    for stem, suffix in (("model", ".safetensors"), ("", ".safetensors"), ("pytorch_model", ".bin")):
+        found = [f for f in top if f.startswith(stem) and f.endswith(suffix)]
+        if found:
+            return found
+    return []
+
+
+def retried(call: Callable[[], T]) -> T:
+    """Call again after a server error or a broken connection; what the Hub refuses for good is raised at once."""
+    from huggingface_hub import errors
+
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", 500)
+            if (status < 500 and status != 429) or attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(PAUSE * 2**attempt)
+    raise AssertionError("unreachable")

@@ -1,0 +1,93 @@
+"""One safetensors file: its header is parsed and checked here, its tensors are read piece by piece.
+
+Reading is by position into fresh memory, not through a memory map: a file that shrinks under a map kills the process,
+a short read is an error with a name.
+"""
+
+import json
+import os
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import MergeError
+from .dtypes import SAFETENSORS
+
+MAX_HEADER = 100 * 1000 * 1000  # bytes; the limit of the reference implementation
+
+
+class Entry(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+
+
+class SafetensorsFile:
+    """Named tensors of one ``.safetensors`` file. Raises MergeError where the file breaks the format."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY)
+        try:
+            self.entries, self.metadata = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _read_header(self) -> tuple[dict[str, Entry], dict[str, str]]:
+        size = os.fstat(self.descriptor).st_size
+        length = int.from_bytes(os.pread(self.descriptor, 8, 0), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise MergeError(f"{self.path.name} is truncated or no safetensors file: {size} bytes, header of {length}")
+        try:
+            header = json.loads(os.pread(self.descriptor, length, 8))
+            metadata = header.pop("__metadata__", {})
+            described = {key: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for key, e in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MergeError(f"{self.path.name}: the safetensors header is damaged ({error})") from None
+        start, end, entries = 8 + length, 0, {}
+        for key, (dtype, shape, first, last) in sorted(described.items(), key=lambda item: item[1][2:]):
+            if dtype not in SAFETENSORS:
+                raise MergeError(f"{self.path.name}: {key} has dtype {dtype}, which torch cannot hold")
+            entry = Entry(SAFETENSORS[dtype], packed(dtype, shape), start + first)
+            if first != end or last - first != nbytes(entry.dtype, entry.shape):
+                raise MergeError(f"{self.path.name}: {key} does not lie where its shape {shape} and its neighbours put it")
+            entries[key], end = entry, last
+        if start + end != size:
+            what = "truncated" if start + end > size else "longer than its header says"
+            raise MergeError(f"{self.path.name} is {what}: expected {start + end} bytes, found {size}")
+        return {key: entries[key] for key in header}, dict(metadata or {})
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements [start, stop) of a tensor in flat order, in a tensor of their own."""
+        entry = self.entries[key]
+        stop = prod(entry.shape) if stop is None else stop
+        data = torch.empty(max(stop - start, 0), dtype=entry.dtype)
+        if data.numel():
+            view, at = memoryview(data.view(torch.uint8).numpy()), entry.offset + start * entry.dtype.itemsize
+            while view:
+                got = os.preadv(self.descriptor, [view], at)
+                if got == 0:
+                    raise MergeError(f"{self.path.name} became shorter while it was read ({key})")
+                view, at = view[got:], at + got
+        return data
+
+
+def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return prod(shape) * dtype.itemsize
+
+
+def packed(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape torch gives a tensor that the header describes."""
+    return (*shape[:-1], shape[-1] // 2) if dtype == "F4" and shape else shape

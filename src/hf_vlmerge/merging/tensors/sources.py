@@ -1,0 +1,285 @@
+"""Sources: named tensors in memory, in a file, in a folder or on the Hub, behind one interface.
+
+Opening a source reads headers only. Tensors are read whole (``source[key]``) or in runs of flat order (``source.read``).
+"""
+
+import json
+import os
+import re
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import MergeError, closest
+from . import hub
+from .pickles import read_checkpoint
+from .safetensors_file import SafetensorsFile
+
+PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".merges")
+SIDE_NAMES = re.compile(r"(LICENSE|LICENCE|NOTICE)(\..*)?$", re.IGNORECASE)
+NOT_SIDE = re.compile(r"(.*\.index\.json|trainer_state\.json|(all|train|eval)_results\.json|training_args\..*)$")
+
+
+class FileRecord(NamedTuple):
+    """One file a source reads: its name within the source, bytes, and sha256 where the Hub reports it."""
+
+    name: str
+    size: int
+    sha256: str | None = None
+
+
+class TensorSource(Mapping[str, Tensor]):
+    """Named tensors. A mapping from key to tensor, whose shapes and dtypes are known without reading."""
+
+    label: str = "memory"  # public name: Hub id or last part of a path, never an absolute path
+    revision: str | None = None  # commit hash of a Hub source
+    config: dict[str, Any] | None = None  # its config.json
+    ignored: tuple[str, ...] = ()  # entries of a checkpoint file that are no tensors of the state dict
+    tied: tuple[tuple[str, ...], ...] = ()  # keys that share one memory
+
+    def __init__(self) -> None:
+        self.metadata: dict[str, str] = {}
+        self.side_files: dict[str, Path] = {}
+        self.files: tuple[FileRecord, ...] = ()
+
+    @abstractmethod
+    def shape(self, key: str) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def dtype(self, key: str) -> torch.dtype: ...
+
+    @abstractmethod
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements [start, stop) in flat order, in the stored dtype."""
+
+    @abstractmethod
+    def __contains__(self, key: object) -> bool: ...
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self:
+            raise KeyError(key)
+        return self.read(key).reshape(self.shape(key))
+
+    def numel(self, key: str) -> int:
+        return prod(self.shape(key))
+
+    def require(self, key: str) -> str:
+        """Return the key, or raise with the closest keys there are."""
+        if key not in self:
+            raise MergeError(f"{self.label} has no tensor {key}{closest(key, self)}")
+        return key
+
+    def close(self) -> None:
+        """Let go of open files."""
+
+    def __enter__(self) -> "TensorSource":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class DictSource(TensorSource):
+    """Tensors in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], label: str = "memory", config: dict | None = None) -> None:
+        super().__init__()
+        wrong = [k for k, t in tensors.items() if not isinstance(k, str) or not isinstance(t, Tensor)]
+        if wrong:
+            raise MergeError(f"a source in memory maps names to tensors; {wrong[0]!r} is something else")
+        self.tensors = {key: tensor.detach() for key, tensor in tensors.items()}
+        self.label, self.config, self.tied = label, config, shared_memory(self.tensors)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.tensors[self.require(key)].shape)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.tensors[self.require(key)].dtype
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.tensors[self.require(key)].cpu().reshape(-1)[start:stop]
+
+
+class SafetensorsSource(TensorSource):
+    """Tensors in one or several safetensors files; ``shards`` maps each file to the keys it must hold (None: all)."""
+
+    def __init__(self, shards: Mapping[Path, set[str] | None], label: str) -> None:
+        super().__init__()
+        self.label, self.opened = label, []
+        self.where: dict[str, SafetensorsFile] = {}
+        try:
+            for path, keys in shards.items():
+                self._add(path, keys)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, path: Path, keys: set[str] | None) -> None:
+        if not path.is_file():
+            raise MergeError(f"{self.label}: the index names {path.name}, which is missing")
+        file = SafetensorsFile(path)
+        self.opened.append(file)
+        for key in sorted((keys or set(file.entries)) ^ set(file.entries))[:1]:
+            side = "misses" if key in (keys or ()) else "holds, against the index,"
+            raise MergeError(f"{self.label}: {path.name} {side} the tensor {key}")
+        twice = self.where.keys() & file.entries.keys()
+        if twice:
+            raise MergeError(f"{self.label}: {min(twice)} is in {path.name} and in {self.where[min(twice)].path.name}")
+        self.where.update(dict.fromkeys(file.entries, file))
+        self.metadata.update(file.metadata)
+        self.files += (FileRecord(path.name, path.stat().st_size),)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.where)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.where
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.where[self.require(key)].entries[key].shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.where[self.require(key)].entries[key].dtype
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.where[self.require(key)].read(key, start, stop)
+
+    def close(self) -> None:
+        for file in self.opened:
+            file.close()
+
+
+def open_source(ref: Any) -> TensorSource:
+    """Open a Hub id (``org/name[@revision]``), a folder, a ``.safetensors``, ``.pt``, ``.pth``, ``.ckpt`` or ``.bin`` file,
+    a mapping of tensors, or a source that is open already.
+
+    Raises MergeError, in one sentence, where there is nothing of the kind or it is damaged. Nothing in a file is executed.
+    """
+    if isinstance(ref, TensorSource):
+        return ref
+    if isinstance(ref, Mapping):
+        return DictSource(ref)
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return open_folder(path, path.resolve().name)
+    if path.is_file():
+        return open_file(path)
+    if hub.is_hub_id(str(ref)):
+        snapshot = hub.fetch(str(ref))
+        source = open_folder(snapshot.folder, snapshot.repo)
+        source.revision = snapshot.revision
+        source.files = tuple(FileRecord(f.name, f.size, snapshot.sha256.get(f.name)) for f in source.files)
+        return source
+    if "+" in str(ref):
+        raise MergeError(f"{ref!r}: adapters (base+adapter) cannot be merged; merge the adapter into its base first")
+    raise MergeError(f"{str(ref)!r} is neither a file or folder here nor a Hub id (org/name or org/name@revision)")
+
+
+def open_file(path: Path) -> TensorSource:
+    if path.suffix == ".safetensors":
+        return SafetensorsSource({path: None}, path.name)
+    if path.suffix in PICKLES:
+        return pickle_source([path], path.name)
+    known = ", ".join([".safetensors", *PICKLES])
+    raise MergeError(f"{path.name}: a checkpoint file ends in one of {known}")
+
+
+def open_folder(folder: Path, label: str) -> TensorSource:
+    """A folder as ``save_pretrained`` writes it: weights (sharded or not, safetensors first), config.json, side files."""
+    source = folder_weights(folder, label)
+    source.side_files = side_files(folder)
+    if (folder / "config.json").is_file():
+        try:
+            source.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise MergeError(f"{label}: config.json is not valid JSON ({error})") from None
+    return source
+
+
+def folder_weights(folder: Path, label: str) -> TensorSource:
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        if not index.is_file() and not single.is_file():
+            continue
+        shards = read_index(index, label) if index.is_file() else {single: None}
+        return SafetensorsSource(shards, label) if suffix == "safetensors" else pickle_source(list(shards), label)
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return SafetensorsSource({files[0]: None}, label)
+    if files:
+        raise MergeError(f"{label} has {len(files)} safetensors files and no model.safetensors.index.json to join them")
+    raise MergeError(f"{label} holds no weights (model.safetensors, its index, or pytorch_model.bin)")
+
+
+def read_index(index: Path, label: str) -> dict[Path, set[str]]:
+    """The shards an index names, each with its keys. Shards must lie in the folder (or in its Hub cache)."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards: dict[str, set[str]] = {}
+        for key, name in weight_map.items():
+            shards.setdefault(name, set()).add(key)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise MergeError(f"{label}: {index.name} is no index of shards") from None
+    for name in shards:
+        if not is_inside(index.parent, name):
+            raise MergeError(f"{label}: {index.name} points outside its folder ({name})")
+    return {index.parent / name: keys for name, keys in shards.items()}
+
+
+def is_inside(folder: Path, name: str) -> bool:
+    """Whether a shard lies in the folder itself. The Hub cache keeps links to ``../../blobs``, which is the one exception."""
+    if Path(name).name != name or name in ("", ".", ".."):
+        return False
+    real, home = (folder / name).resolve(), folder.resolve()
+    in_cache = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    return real.parent == home or in_cache
+
+
+def side_files(folder: Path) -> dict[str, Path]:
+    """What belongs to a model beside its weights: configurations, tokenizer, processor, chat templates, code, licence."""
+    found = {}
+    for path in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
+        wanted = path.suffix in SIDE_SUFFIXES or SIDE_NAMES.match(path.name)
+        if wanted and path.is_file() and not NOT_SIDE.match(path.name) and not path.name.startswith("."):
+            found[path.relative_to(folder).as_posix()] = path
+    return found
+
+
+def pickle_source(paths: list[Path], label: str) -> DictSource:
+    """Tensors of one or several checkpoint files made by ``torch.save``."""
+    tensors, ignored = {}, []
+    for path in paths:
+        part, rest = read_checkpoint(path)
+        tensors.update(part)
+        ignored += rest
+    source = DictSource(tensors, label)
+    source.ignored = tuple(ignored)
+    source.files = tuple(FileRecord(p.name, os.path.getsize(p)) for p in paths)
+    return source
+
+
+def shared_memory(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:
+    """Groups of keys whose tensors are one and the same memory."""
+    groups: dict[tuple, list[str]] = {}
+    for key, t in tensors.items():
+        if t.numel() and t.device.type != "meta":
+            groups.setdefault((t.data_ptr(), t.dtype, tuple(t.shape), t.stride()), []).append(key)
+    return tuple(tuple(keys) for keys in groups.values() if len(keys) > 1)
