@@ -43,7 +43,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """How experts appear in names: an expert is a path component. ``experts`` maps alias to component, in member order.
+    """How experts appear in names: an expert is a path component. ``experts`` maps alias to component, in member
+    order; in a recipe it is a list (``[vision, language]``, or with other components ``[vision: v, language: l]``).
 
     ``merged`` is the component in the output (empty: it is left out), ``config`` what the written config.json changes.
     """
@@ -55,16 +56,16 @@ class ExpertLayout:
     @classmethod
     def from_dict(cls, layout: Any, where: str) -> "ExpertLayout":
         layout = _mapping(layout, where, ("experts", "merged", "config"))
-        experts = layout.get("experts")
-        if isinstance(experts, list | tuple):
-            experts = {str(e): str(e) for e in experts}
-        if not isinstance(experts, Mapping) or not experts:
-            raise MergeError(f"{where}: 'experts' must list the experts' names or map aliases to path components")
-        return cls(dict(experts), str(layout.get("merged", "shared") or ""), dict(layout.get("config") or {}))
+        experts: dict[str, str] = {}
+        for entry in _list(layout.get("experts"), f"{where}: experts"):
+            named = entry if isinstance(entry, Mapping) else {entry: entry}
+            experts.update((str(alias), str(component)) for alias, component in named.items())
+        if not experts:
+            raise MergeError(f"{where}: 'experts' must list the experts, as [vision, language] or [vision: v, language: l]")
+        return cls(experts, str(layout.get("merged", "shared") or ""), dict(layout.get("config") or {}))
 
     def to_dict(self) -> dict[str, Any]:
-        same = all(alias == component for alias, component in self.experts.items())
-        experts = list(self.experts) if same else dict(self.experts)
+        experts = [alias if alias == component else {alias: component} for alias, component in self.experts.items()]
         return {"experts": experts, "merged": self.merged, "config": dict(self.config)}
 
 
@@ -152,7 +153,9 @@ class Recipe:
 def _check(recipe: Recipe) -> None:
     """Everything that can be said about a recipe without opening a source."""
     if bool(recipe.models) == bool(recipe.experts_of):
-        raise MergeError("a recipe has either 'experts_of' (experts inside one checkpoint) or 'models' (several checkpoints)")
+        raise MergeError(
+            "a recipe has either 'experts_of' (experts inside one checkpoint) or 'models' (several checkpoints)"
+        )
     if recipe.merge_method is None and not any(r.method for r in recipe.rules):
         raise MergeError("the recipe names no merge_method")
     for alias in recipe.aliases:
@@ -185,7 +188,9 @@ def _known_parameter(name: str, methods: list, where: str) -> None:
     valid = {p for m in methods for p in (*m.parameters, *(("weights",) if m.weighted else ()))}
     if own not in valid:
         who = " and ".join(m.name for m in methods)
-        raise MergeError(f"{where}: {who} {'have' if len(methods) > 1 else 'has'} no parameter {name!r}{nearest(name, valid)}")
+        raise MergeError(
+            f"{where}: {who} {'have' if len(methods) > 1 else 'has'} no parameter {name!r}{nearest(name, valid)}"
+        )
 
 
 def _parameter_uses(recipe: Recipe) -> Iterable[tuple[str, Mapping[str, Any]]]:
@@ -210,7 +215,7 @@ def _members(models: Any) -> tuple[Member, ...]:
         if not isinstance(entry.get("model"), str):
             raise MergeError(f"model {i} needs 'model': a Hub id, folder or file")
         alias = str(entry.get("alias") or Path(entry["model"].partition("@")[0]).name)
-        if "alias" not in entry and any(m.alias == alias for m in members):
+        if "alias" not in entry and (alias in RESERVED or any(m.alias == alias for m in members)):
             alias = f"{alias}-{i}"
         own = _parameters(entry.get("parameters"), f"model {alias!r}")
         members.append(Member(alias, entry["model"], own, entry.get("statistics")))
@@ -223,7 +228,9 @@ def _rule(rule: Any, where: str) -> Rule:
     rule["match"] = (match,) if isinstance(match, str) else tuple(map(str, _list(match, f"{where}: match")))
     if rule.get("members") is not None:
         members = rule["members"]
-        rule["members"] = (members,) if isinstance(members, str) else tuple(map(str, _list(members, f"{where}: members")))
+        rule["members"] = (
+            (members,) if isinstance(members, str) else tuple(map(str, _list(members, f"{where}: members")))
+        )
         if not rule["members"]:
             raise MergeError(f"{where}: members is empty")
     rule["parameters"] = _parameters(rule.get("parameters"), where)

@@ -59,7 +59,9 @@ def settle(value: Any, name: str, t: float) -> Any:
         return at_position(value, t)
     for entry in value:
         if not isinstance(entry, Mapping) or "value" not in entry or entry.keys() - {"filter", "value"}:
-            raise MergeError(f"a list is a gradient of numbers or has entries {{filter: text, value: number}}, not {entry!r}")
+            raise MergeError(
+                f"a list is a gradient of numbers or has entries {{filter: text, value: number}}, not {entry!r}"
+            )
         if entry.get("filter") in (None, "*") or str(entry["filter"]) in name:
             return settle(entry["value"], name, t)
     return ABSENT

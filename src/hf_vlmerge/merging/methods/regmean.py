@@ -35,11 +35,17 @@ def checked_grams(c: Chunk, gram: str) -> list[Tensor]:
     for member, g, tokens in zip(c.members, c.statistics, c.tokens, strict=True):
         if g is None or not g.any():
             state = "no Gram matrix" if g is None else "an all-zero Gram matrix"
-            raise MergeError(f"{c.name}: {state} for member {member!r}; collect it, or give the tensor another method by a rule")
+            raise MergeError(
+                f"{c.name}: {state} for member {member!r}; collect it, or give the tensor another method by a rule"
+            )
         if g.shape != (c.x.shape[2],) * 2:
-            raise MergeError(f"{c.name}: Gram matrix of {member!r} is {tuple(g.shape)}, the weight {tuple(c.x.shape[1:])}")
+            raise MergeError(
+                f"{c.name}: Gram matrix of {member!r} is {tuple(g.shape)}, the weight {tuple(c.x.shape[1:])}"
+            )
         if gram == "mean" and not tokens:
-            raise MergeError(f"{c.name}: gram 'mean' needs the token count of member {member!r} in the statistics' metadata")
+            raise MergeError(
+                f"{c.name}: gram 'mean' needs the token count of member {member!r} in the statistics' metadata"
+            )
         grams.append(g.double() / (tokens if gram == "mean" else 1))
     return grams
 

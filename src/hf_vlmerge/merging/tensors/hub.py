@@ -32,7 +32,12 @@ def is_hub_id(ref: str) -> bool:
 def fetch(ref: str) -> Snapshot:
     """Download (or find in the cache) the weights and side files of ``org/name[@revision]``; shows a progress bar a file."""
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     repo, _, revision = ref.partition("@")
     try:
@@ -49,7 +54,9 @@ def fetch(ref: str) -> Snapshot:
     except RevisionNotFoundError:
         raise MergeError(f"{repo} has no revision {revision!r}") from None
     except RepositoryNotFoundError:
-        raise MergeError(f"{repo!r} is neither a folder here nor a model on the Hub (or it is private: log in)") from None
+        raise MergeError(
+            f"{repo!r} is neither a folder here nor a model on the Hub (or it is private: log in)"
+        ) from None
     except LocalEntryNotFoundError:
         raise MergeError(f"{ref} is not in the local cache, and the Hub cannot be reached") from None
     except (OSError, ValueError) as error:

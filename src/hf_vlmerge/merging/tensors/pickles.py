@@ -21,12 +21,16 @@ from ..errors import MergeError
 
 # Modules whose functions run code, reach files or the network. A checkpoint that names one is hostile.
 FORBIDDEN = frozenset(
-    "os posix nt sys subprocess builtins __builtin__ shutil socket importlib imp runpy pty ctypes code codeop commands "
-    "operator _operator marshal pickle _pickle types pydoc timeit pdb bdb profile cProfile trace webbrowser signal "
-    "multiprocessing threading _thread asyncio concurrent urllib http ftplib smtplib tempfile io _io site venv pip "
-    "ensurepip platform atexit gc inspect linecache pkgutil zipimport distutils setuptools".split()
+    """
+    os posix nt sys subprocess builtins __builtin__ shutil socket importlib imp runpy pty ctypes code codeop commands operator
+    _operator marshal pickle _pickle types pydoc timeit pdb bdb profile cProfile trace webbrowser signal multiprocessing
+    threading _thread asyncio concurrent urllib http ftplib smtplib tempfile io _io site venv pip ensurepip platform atexit
+    gc inspect linecache pkgutil zipimport distutils setuptools
+    """.split()  # noqa: SIM905 - a list of a hundred quoted words reads worse
 )
-BUILTINS = {t.__name__: t for t in (set, frozenset, list, dict, tuple, int, float, complex, bool, str, bytes, bytearray)}
+BUILTINS = {
+    t.__name__: t for t in (set, frozenset, list, dict, tuple, int, float, complex, bool, str, bytes, bytearray)
+}
 REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state")
 NESTS = ("state_dict", "model_state_dict", "model", "module", "ema")  # where frameworks keep the weights
 
@@ -68,7 +72,9 @@ class RestrictedUnpickler(pickle.Unpickler):
         if module in ("builtins", "__builtin__") and name in BUILTINS:
             return BUILTINS[name]
         if module.partition(".")[0] in FORBIDDEN:
-            raise MergeError(f"refused: the checkpoint asks for {module}.{name}, which no weights need and which can run code")
+            raise MergeError(
+                f"refused: the checkpoint asks for {module}.{name}, which no weights need and which can run code"
+            )
         known = harmless(module, name)
         return type(name, (StandIn,), {"__module__": module}) if known is None else known
 

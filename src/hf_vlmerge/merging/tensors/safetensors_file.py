@@ -62,7 +62,9 @@ class SafetensorsFile:
                 raise MergeError(f"{self.path.name}: {key} has dtype {dtype}, which torch cannot hold")
             entry = Entry(SAFETENSORS[dtype], packed(dtype, shape), start + first)
             if first != end or last - first != nbytes(entry.dtype, entry.shape):
-                raise MergeError(f"{self.path.name}: {key} does not lie where its shape {shape} and its neighbours put it")
+                raise MergeError(
+                    f"{self.path.name}: {key} does not lie where its shape {shape} and its neighbours put it"
+                )
             entries[key], end = entry, last
         if start + end != size:
             what = "truncated" if start + end > size else "longer than its header says"

@@ -233,7 +233,9 @@ def save_checkpoint(
     pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
     named = dict(pairs)
     if len(named) != len(pairs):
-        raise MergeError("a tensor name occurs twice: " + next(k for k, _ in pairs if sum(k == n for n, _ in pairs) > 1))
+        raise MergeError(
+            "a tensor name occurs twice: " + next(k for k, _ in pairs if sum(k == n for n, _ in pairs) > 1)
+        )
     specs = {key: Spec(t.dtype, tuple(t.shape)) for key, t in named.items()}
     with atomic_folder(output, overwrite=overwrite, fsync=fsync) as folder:
         with SafetensorsSink(folder, specs, max_shard_size=max_shard_size, metadata=metadata) as sink:
