@@ -15,7 +15,7 @@ from hf_vlmerge.conversion.report import ConversionReport
 from hf_vlmerge.conversion.specialise import experts_of_layer, has_experts
 from hf_vlmerge.conversion.vlmo import sizes
 from hf_vlmerge.conversion.vlmo_keys import expand
-from hf_vlmerge.conversion.write import make_fresh, write_model
+from hf_vlmerge.conversion.write import check_shapes, make_fresh, write_model
 from hf_vlmerge.merging.tensors import open_source
 from hf_vlmerge.models.vlmo.configuration_vlmo import VlmoConfig
 from hf_vlmerge.models.vlmo.experts_vlmo import resize_position_table
@@ -59,6 +59,7 @@ def convert_beit(
     model = make_fresh("VlmoForPreTraining", config, seed)
     fresh = [key for key in model if key.removeprefix("vlmo.") not in trained]
     complete = {key: trained.get(key.removeprefix("vlmo."), value) for key, value in model.items()}
+    check_shapes(config, "VlmoForPreTraining", {key: tuple(tensor.shape) for key, tensor in complete.items()})
     write_model(output, "VlmoForPreTraining", config, complete, tokenizer=tokenizer, overwrite=overwrite)
     return ConversionReport(
         source=label,
@@ -120,7 +121,7 @@ def sort_keys(tensors: Iterable[str]) -> tuple[dict[tuple[int | None, str], list
         ours, _, rows = table[name].partition("#")
         parts.setdefault((int(match[1]) if match else None, ours), []).append((rows, key))
     sorted_parts = {place: [key for _, key in sorted(keys)] for place, keys in parts.items()}
-    for place in [place for place, keys in sorted_parts.items() if len(keys) == 2]:
+    for place in [place for place, keys in sorted_parts.items() if len(keys) > 1 and place[0] is None]:
         # a masked-image model of transformers: the head's own norm, outside `beit.`, is the one at the end
         first, second = sorted(sorted_parts[place], key=lambda key: bool(PREFIX.match(key)))
         sorted_parts[place] = [first]

@@ -1,7 +1,7 @@
 """Key tables of BEiT weights: the original files, the files of `transformers` on the Hub, and its module names.
 
-`*` stands for `weight` and `bias`, `{e}` for an expert of ours. None: known, not needed. `#0`, `#1`, `#2`: rows of queries,
-keys and values of our fused matrix.
+`*` stands for `weight` and `bias`, `{e}` for an expert of ours. None: known, not needed. `#0`, `#1`, `#2`: rows of
+queries, keys and values of our fused matrix.
 """
 
 import re

@@ -11,7 +11,7 @@ def specialise_folder(
     source: str | Path, output: str | Path, expert_modules: Iterable[str], *, overwrite: bool = False
 ) -> Path:
     """
-    Copies shared -> every expert (see `specialise`); config.json gets `expert_modules`, everything beside it comes along.
+    Copies shared -> every expert (see `specialise`); config.json gets `expert_modules`, the files beside it come along.
 
     Raises:
         ValueError: the source is no modality-agnostic VLMo checkpoint.
@@ -24,8 +24,6 @@ def specialise_folder(
             output,
             specialise(seed, expert_modules, seed.config["num_fusion_layers"]),
             config={**seed.config, "expert_modules": expert_modules},
-            side_files={
-                name: path for name, path in seed.side_files.items() if name not in ("config.json", "README.md")
-            },
+            side_files=seed.side_files,
             overwrite=overwrite,
         )
