@@ -1,7 +1,7 @@
 """Arithmetic shared by methods and distances. Every function gives the same bits for every chunk size.
 
-Sums over members are written as loops of ``*`` and ``+``: matrix products and fused multiply-adds may differ in the last
-bit with the length of a chunk.
+Sums over members are written as loops of ``*`` and ``+``: matrix products and fused multiply-adds may differ in the
+last bit with the length of a chunk.
 """
 
 from collections.abc import Generator, Sequence

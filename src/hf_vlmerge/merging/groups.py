@@ -1,13 +1,15 @@
 """Groups: which input tensors make each output tensor, by which method, with which parameters.
 
 Two groupings, one result. By name, the members are several sources that hold the same key. By expert, they are the
-experts inside one source: keys that differ only in one path component. Rules are applied here, so that whatever walks the
-groups (merge, distances, plans) sees resolved settings only. Nothing is read but names, shapes and dtypes.
+experts inside one source: keys that differ only in one path component. Rules are applied here, so that whatever walks
+the groups (merge, distances, plans) sees resolved settings only. Nothing is read but names, shapes and dtypes.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from .errors import MergeError, closest, nearest
 from .recipe import ExpertLayout, Recipe, Rule
 from .registry import MergeMethod, get_merge_method
 from .statistics import statistic_key, token_count
-from .tensors.dtypes import is_mergeable, parse_dtype
+from .tensors.dtypes import dtype_name, is_mergeable, parse_dtype
 from .tensors.sources import TensorSource
 from .weights import ABSENT, layer_counts, of_member, position, settle
 
@@ -25,7 +27,7 @@ RUNNING_STATISTICS = ("running_mean", "running_var")  # of batch normalisation
 
 
 class Ref(NamedTuple):
-    """One tensor of one source; ``source`` is a role: an alias, "experts", "base", "statistics" or "statistics:alias"."""
+    """One tensor of one source. ``source`` is a role: an alias, "experts", "base", "statistics", "statistics:alias"."""
 
     source: str
     key: str
@@ -46,6 +48,7 @@ class MergeGroup:
     method: str = COPY
     parameters: Mapping[str, Any] = field(default_factory=dict)
     weights: tuple[float, ...] = ()
+    rules: tuple[int, ...] = ()  # numbers of the recipe's rules that apply, from 1
     note: str = ""  # why it is copied, or what a reader should know
 
 
@@ -53,14 +56,13 @@ Sources = Mapping[str, TensorSource]  # by role
 
 
 def group_by_name(sources: Sources, recipe: Recipe) -> Iterator[MergeGroup]:
-    """One group for each name in any of the models. A name that a model lacks is an error unless a rule leaves that model
-    out. Sources: one for each alias, and "base", "statistics", "statistics:alias" where the recipe gives them."""
+    """One group for each name in any of the models. A name that a model lacks is an error unless a rule leaves that
+    model out. Sources: one for each alias, and "base", "statistics", "statistics:alias" where the recipe gives them."""
     order = recipe.aliases
     names = dict.fromkeys(key for alias in order for key in sources[alias])
-    settler = Settler(recipe, order, layer_counts(names))
+    settler = Settler(sources, recipe, order, names)
     for name in names:
-        found = {alias: Ref(alias, name) for alias in order if name in sources[alias]}
-        yield settler.group(sources, name, found, missing=[a for a in order if a not in found])
+        yield settler.group(name, {alias: Ref(alias, name) for alias in order if name in sources[alias]})
 
 
 def group_by_expert(sources: Sources, layout: ExpertLayout, recipe: Recipe) -> Iterator[MergeGroup]:
@@ -79,12 +81,12 @@ def group_by_expert(sources: Sources, layout: ExpertLayout, recipe: Recipe) -> I
             f"{sources['experts'].label} has no experts: no key has a component {', '.join(layout.experts.values())}"
         )
     check_complete(families, layout)
-    settler = Settler(recipe, order, layer_counts(families))
+    settler = Settler(sources, recipe, order, families)
     for output, family in families.items():
         if None in family:
-            yield copied(sources, output, family[None], recipe, "no experts")
+            yield settler.single(output, family[None])
         else:
-            yield settler.group(sources, output, {a: family[a] for a in order if a in family}, missing=[])
+            yield settler.group(output, {a: family[a] for a in order if a in family})
 
 
 def merged_name(key: str, layout: ExpertLayout) -> tuple[str | None, str]:
@@ -103,177 +105,173 @@ def merged_name(key: str, layout: ExpertLayout) -> tuple[str | None, str]:
 
 def check_complete(families: Mapping[str, Mapping[str | None, Ref]], layout: ExpertLayout) -> None:
     """All experts of one module have the same tensors."""
-    modules: dict[str, dict[str, set[str]]] = {}  # module -> expert -> the rest of the names
-    for output, family in families.items():
+    modules: dict[str, dict[str, dict[str, str]]] = {}  # module -> expert -> rest of the name -> key
+    for family in families.values():
         for alias, ref in family.items():
             if alias is not None:
                 before, _, after = f".{ref.key}.".partition(f".{layout.experts[alias]}.")
-                modules.setdefault(before, {}).setdefault(alias, set()).add(after.strip("."))
+                modules.setdefault(before, {}).setdefault(alias, {})[after] = ref.key
     for experts in modules.values():
-        everything = set().union(*experts.values())
-        for alias, tensors in experts.items():
-            for rest in sorted(everything - tensors):
-                raise MergeError(f"the expert {alias!r} lacks the tensor {_full_name(families, rest, alias, layout)}")
-
-
-def _full_name(families: Mapping[str, Mapping[str | None, Ref]], rest: str, alias: str, layout: ExpertLayout) -> str:
-    for family in families.values():
-        for other, ref in family.items():
-            if other is not None and alias not in family and ref.key.endswith(f".{layout.experts[other]}.{rest}"):
-                return ref.key.removesuffix(f"{layout.experts[other]}.{rest}") + f"{layout.experts[alias]}.{rest}"
-    return rest
+        for alias, other in permutations(experts, 2):
+            for rest in experts[other].keys() - experts[alias].keys():
+                raise MergeError(f"the expert {alias!r} lacks the counterpart of {experts[other][rest]}")
 
 
 class Settler:
-    """Settles what a recipe says for one tensor: rules in order (the first match wins for each setting), then the model's
-    own parameters, then the recipe's, then the method's defaults."""
+    """Settles what a recipe says for one tensor: rules in order (the first match wins for each setting), then the
+    model's own parameters, then the recipe's, then the method's defaults."""
 
-    def __init__(self, recipe: Recipe, order: tuple[str, ...], counts: Mapping[str, int]) -> None:
-        self.recipe, self.order, self.counts = recipe, order, counts
-        self.used_rules: set[int] = set()
+    def __init__(self, sources: Sources, recipe: Recipe, order: tuple[str, ...], names: Iterable[str]) -> None:
+        self.sources, self.recipe, self.order, self.counts = sources, recipe, order, layer_counts(names)
+        self.wanted = parse_dtype(recipe.out_dtype or recipe.dtype) if recipe.out_dtype or recipe.dtype else None
         for rule in recipe.rules:
             for name in (*(rule.members or ()), *((rule.has,) if rule.has else ())):
                 if name not in order:
                     raise MergeError(f"a rule names the member {name!r}{nearest(name, order)}")
 
-    def group(self, sources: Sources, name: str, found: Mapping[str, Ref], missing: list[str]) -> MergeGroup:
-        rules = [r for r in self.recipe.rules if self.applies(r, name, found)]
+    def group(self, name: str, found: Mapping[str, Ref]) -> MergeGroup:
+        """The group of one output, of the members that have it."""
+        numbered = [(i, r) for i, r in enumerate(self.recipe.rules, 1) if applies(r, name, found)]
+        group = self.settled(name, found, [rule for _, rule in numbered])
+        return replace(group, rules=tuple(i for i, _ in numbered))
+
+    def settled(self, name: str, found: Mapping[str, Ref], rules: list[Rule]) -> MergeGroup:
         keep = next((r.keep for r in rules if r.keep), None)
         if keep:
-            return self.kept(sources, name, found, keep)
-        chosen = next((r.members for r in rules if r.members), None)
-        members = tuple(a for a in self.order if a in found and (chosen is None or a in chosen))
-        if missing and (chosen is None or set(missing) & set(chosen)):
-            source = sources[missing[0]]
-            raise MergeError(f"{missing[0]!r} lacks the tensor {name}, which others have{closest(name, source)}")
-        if not members:
-            raise MergeError(f"{name}: a rule chooses {', '.join(chosen or ())}, of which the group has none")
-        inputs = tuple(found[a] for a in members)
-        base = Ref("base", name) if "base" in sources and name in sources["base"] else None
-        self.check_shapes(sources, name, [*inputs, *([base] if base else [])])
-        first = inputs[0]
-        stored = sources[first.source].dtype(first.key)
+            return self.kept(name, found, keep)
+        inputs = self.chosen(name, found, next((r.members for r in rules if r.members), None))
+        base = Ref("base", name) if name in self.sources.get("base", ()) else None
+        first = next(iter(inputs.values()))
+        for ref in (*inputs.values(), *((base,) if base else ())):
+            self.check_shape(name, first, ref)
+        stored = self.sources[first.source].dtype(first.key)
         if not is_mergeable(stored):
-            note = f"{stored} is copied, never averaged, from {'the base' if base else members[0]}"
-            return copied(sources, name, base or first, self.recipe, note)
+            if stored.is_floating_point or stored.is_complex:
+                raise MergeError(f"{name}: {dtype_name(stored)} cannot be averaged; say by a rule whose to keep")
+            return self.copied(name, base or first, f"integers from {'the base' if base else first.source}")
         method = next((r.method for r in rules if r.method), self.recipe.merge_method)
         if method is None:
             raise MergeError(f"{name}: no rule gives a method, and the recipe has no merge_method")
-        return self.merged(sources, name, members, inputs, base, get_merge_method(method), rules)
+        return self.merged(name, inputs, base, get_merge_method(method), rules)
+
+    def chosen(self, name: str, found: Mapping[str, Ref], members: tuple[str, ...] | None) -> dict[str, Ref]:
+        """The group's inputs in member order, after a rule's choice of members."""
+        absent = [a for a in members or self.order if a not in found]
+        if absent and not self.recipe.experts_of:  # experts may be absent: not every layer has every one
+            source = self.sources[absent[0]]
+            raise MergeError(f"{absent[0]!r} lacks the tensor {name}, which others have{closest(name, source)}")
+        inputs = {a: found[a] for a in self.order if a in found and (members is None or a in members)}
+        if not inputs:
+            raise MergeError(f"{name}: a rule chooses {', '.join(members or ())}, of which the group has none")
+        return inputs
 
     def merged(
-        self,
-        sources: Sources,
-        name: str,
-        members: tuple[str, ...],
-        inputs: tuple[Ref, ...],
-        base: Ref | None,
-        method: MergeMethod,
-        rules: list[Rule],
+        self, name: str, inputs: Mapping[str, Ref], base: Ref | None, method: MergeMethod, rules: list[Rule]
     ) -> MergeGroup:
+        members = tuple(inputs)
+        first = base or inputs[members[0]]
         if method.needs_base and base is None:
-            raise MergeError(f"{name}: {method.name} needs it in the base{closest(name, sources['base'])}")
+            raise MergeError(f"{name}: {method.name} needs it in the base{closest(name, self.sources['base'])}")
         parameters, weights = self.parameters(method, name, members, rules)
         note = ""
         if name.rpartition(".")[2] in RUNNING_STATISTICS and not method.average:
             method, note = get_merge_method("linear"), "running statistics are averaged"
             parameters, _ = method.bind({}, members)
-        refs = [self.statistic(sources, member, ref, method) for member, ref in zip(members, inputs, strict=True)]
-        anchor = base or inputs[0]
-        wanted = self.recipe.out_dtype or self.recipe.dtype
+        shape = self.sources[first.source].shape(first.key)
+        statistics = tuple(self.statistic(m, inputs[m], method) for m in members)
+        if len(members) > 1:
+            method.check_members(name, members)
+            method.check_statistics(name, shape, members, statistics)
         return MergeGroup(
             output=name,
-            shape=sources[inputs[0].source].shape(inputs[0].key),
-            dtype=parse_dtype(wanted) if wanted else sources[anchor.source].dtype(anchor.key),
-            inputs=inputs,
+            shape=shape,
+            dtype=self.wanted or self.sources[first.source].dtype(first.key),
+            inputs=tuple(inputs.values()),
             members=members,
             base=base,
-            statistics=tuple(refs),
-            tokens=tuple(None if r is None else token_count(sources[r.source], r.key) for r in refs),
+            statistics=statistics,
+            tokens=tuple(None if r is None else token_count(self.sources[r.source], r.key) for r in statistics),
             method=method.name,
             parameters=parameters,
             weights=weights,
             note=note,
         )
 
-    def applies(self, rule: Rule, name: str, found: Mapping[str, Ref]) -> bool:
-        applies = any(fnmatchcase(name, glob) for glob in rule.match) and (rule.has is None or rule.has in found)
-        if applies:
-            self.used_rules.add(next(i for i, r in enumerate(self.recipe.rules, 1) if r is rule))
-        return applies
-
-    def kept(self, sources: Sources, name: str, found: Mapping[str, Ref], keep: str) -> MergeGroup:
-        if keep == "base":
-            if "base" not in sources:
-                raise MergeError(f"{name}: a rule keeps the base, but the recipe has no base_model")
-            return copied(sources, name, Ref("base", sources["base"].require(name)), self.recipe, "kept: base")
-        alias = next(iter(found)) if keep == "first" else keep
-        if alias not in self.order:
+    def kept(self, name: str, found: Mapping[str, Ref], keep: str) -> MergeGroup:
+        if keep == "base" and "base" not in self.sources:
+            raise MergeError(f"{name}: a rule keeps the base, but the recipe has no base_model")
+        if keep not in ("base", "first", *self.order):
             raise MergeError(f"keep: {keep!r} is no member{nearest(keep, [*self.order, 'base', 'first'])}")
-        if alias not in found:
-            raise MergeError(f"{name}: a rule keeps {alias!r}, which does not have it")
-        return copied(sources, name, found[alias], self.recipe, f"kept: {alias}")
+        first = next(iter(found.values()))
+        ref = {"base": Ref("base", name), "first": first, **found}.get(keep)
+        if ref is None or ref.key not in self.sources[ref.source]:
+            raise MergeError(f"{name}: a rule keeps {keep!r}, which does not have it")
+        self.check_shape(name, first, ref)
+        return self.copied(name, ref, f"kept: {keep}")
 
-    def check_shapes(self, sources: Sources, name: str, refs: list[Ref]) -> None:
-        shapes = {ref: sources[ref.source].shape(ref.key) for ref in refs}
-        for ref, shape in shapes.items():
-            if shape != shapes[refs[0]]:
-                a, b = describe(refs[0]), describe(ref)
-                raise MergeError(f"{name}: shapes differ, {shapes[refs[0]]} in {a} and {shape} in {b}")
+    def single(self, name: str, ref: Ref) -> MergeGroup:
+        """A tensor without expert copies: copied unchanged, unless a rule keeps the base's."""
+        rules = [(i, r) for i, r in enumerate(self.recipe.rules, 1) if r.keep == "base" and applies(r, name, ())]
+        if rules:
+            return replace(self.kept(name, {"experts": ref}, "base"), rules=(rules[0][0],))
+        return self.copied(name, ref, "no experts")
+
+    def copied(self, name: str, ref: Ref, note: str) -> MergeGroup:
+        """A group that takes one tensor as it is; only floating tensors follow the recipe's dtype."""
+        source = self.sources[ref.source]
+        dtype = source.dtype(ref.key)
+        if self.wanted and is_mergeable(dtype):
+            dtype = self.wanted
+        return MergeGroup(name, source.shape(ref.key), dtype, (ref,), (ref.source,), note=note)
+
+    def check_shape(self, name: str, first: Ref, ref: Ref) -> None:
+        a, b = (self.sources[r.source].shape(r.key) for r in (first, ref))
+        if a != b:
+            raise MergeError(f"{name}: shapes differ, {a} in {describe(first)} and {b} in {describe(ref)}")
 
     def parameters(
         self, method: MergeMethod, name: str, members: tuple[str, ...], rules: list[Rule]
     ) -> tuple[dict[str, Any], tuple[float, ...]]:
-        """Bind the method's parameters for one tensor."""
+        """The method's parameters and weights for one tensor."""
         t = position(name, self.counts)
         values: dict[str, Any] = {}
         for parameter in [*method.parameters, *(["weights"] if method.weighted else [])]:
-            levels = [r.parameters[parameter] for r in rules if parameter in r.parameters][:1]
-            top = self.recipe.parameters.get(parameter, ABSENT)
+            levels = [*(r.parameters[parameter] for r in rules if parameter in r.parameters)][:1]
             if method.is_per_member(parameter):
-                each = {
-                    m: self.per_member(parameter, m, [*levels, self.own(m, parameter), top], name, t) for m in members
-                }
                 default = 1.0 if parameter == "weights" else method.parameters[parameter].default
-                values[parameter] = {m: default if v is ABSENT else v for m, v in each.items()}
+                values[parameter] = {m: self.per_member(parameter, m, levels, default, name, t) for m in members}
                 continue
-            given = next((v for v in (settle(level, name, t) for level in [*levels, top]) if v is not ABSENT), ABSENT)
-            if given is not ABSENT:
-                values[parameter] = given
+            levels.append(self.recipe.parameters.get(parameter, ABSENT))
+            value = next((v for v in (settle(level, name, t) for level in levels) if v is not ABSENT), ABSENT)
+            if value is not ABSENT:
+                values[parameter] = value
         return method.bind(values, members)
 
-    def per_member(self, parameter: str, member: str, levels: list[Any], name: str, t: float) -> Any:
-        gradients = self.recipe.compat == "mergekit"
-        for level, value in enumerate(levels):
-            if value is ABSENT:
-                continue
-            own = level == len(levels) - 2  # the model's own parameters hold one value, not one a member
-            value = value if own else of_member(value, member, self.order, parameter, gradients)
-            value = settle(value, name, t)
-            if value is not ABSENT:
-                return value
-        return ABSENT
+    def per_member(self, parameter: str, member: str, levels: list[Any], default: Any, name: str, t: float) -> Any:
+        """One member's value: of the rule, else of the model itself, else of the recipe, else the default."""
+        split = partial(
+            of_member, alias=member, order=self.order, parameter=parameter, gradients=bool(self.recipe.compat)
+        )
+        own = next((m.parameters for m in self.recipe.models if m.alias == member), {})
+        top = self.recipe.parameters
+        candidates = [split(level) for level in levels]
+        candidates += [own[parameter]] if parameter in own else []
+        candidates += [split(top[parameter])] if parameter in top else []
+        settled = (settle(value, name, t) for value in candidates)
+        return next((value for value in settled if value is not ABSENT), default)
 
-    def own(self, member: str, parameter: str) -> Any:
-        model = next((m for m in self.recipe.models if m.alias == member), None)
-        return ABSENT if model is None else model.parameters.get(parameter, ABSENT)
-
-    def statistic(self, sources: Sources, member: str, ref: Ref, method: MergeMethod) -> Ref | None:
+    def statistic(self, member: str, ref: Ref, method: MergeMethod) -> Ref | None:
         if method.statistics is None:
             return None
-        role = f"statistics:{member}" if f"statistics:{member}" in sources else "statistics"
-        key = statistic_key(sources[role], method.statistics, ref.key) if role in sources else None
+        role = f"statistics:{member}" if f"statistics:{member}" in self.sources else "statistics"
+        source = self.sources.get(role)
+        key = None if source is None else statistic_key(source, method.statistics, ref.key)
         return None if key is None else Ref(role, key)
 
 
-def copied(sources: Sources, output: str, ref: Ref, recipe: Recipe, note: str) -> MergeGroup:
-    """A group that takes one tensor as it is; only floating tensors follow the recipe's dtype."""
-    source = sources[ref.source]
-    dtype, wanted = source.dtype(ref.key), recipe.out_dtype or recipe.dtype
-    if wanted and is_mergeable(dtype):
-        dtype = parse_dtype(wanted)
-    return MergeGroup(output, source.shape(ref.key), dtype, (ref,), (ref.source,), note=note)
+def applies(rule: Rule, name: str, found: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in rule.match) and (rule.has is None or rule.has in found)
 
 
 def describe(ref: Ref) -> str:
-    return f"{ref.source} ({ref.key})" if ref.source == "experts" else repr(ref.source)
+    return ref.key if ref.source == "experts" else repr(ref.source)

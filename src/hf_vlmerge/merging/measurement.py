@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .engine import CHUNK_SIZE, Job, Reader, checked_chunk_size, open_sources, plan, settle_whole_model
 from .errors import MergeError
 from .groups import COPY, MergeGroup
-from .program import Chunk, begin, complete, single_thread, total
+from .planning import open_sources, plan
+from .program import Chunk, complete, single_thread, total
 from .recipe import Member, Recipe
 from .registry import get_distance
-from .tensors.dtypes import is_mergeable
+from .streaming import CHUNK_SIZE, Job, Reader, settle_whole_model
+from .tensors.sources import TensorSource
 from .weights import layer_of
 
 Pairs = Literal["each", "all"] | Sequence[tuple[str, str]]
@@ -86,56 +87,58 @@ def distance(
     reference "none" measures the weights themselves, "base" the task (modality) vectors: members minus ``base``.
     pairs "each" takes every pair of members, "all" all members of a group at once, a list the pairs it names.
 
-    Values of a layer and in total are those of all its entries taken as one vector, not means over tensors. Tensors that
-    are not merged (no experts, kept by a rule, integers) do not count.
+    Values of a layer and in total are those of all its entries taken as one vector, not means over tensors. Tensors
+    that are not merged (no experts, kept by a rule, integers) do not count.
     """
     method = get_distance(metric)
-    recipe = as_recipe(what, base)
+    recipe, given = as_recipe(what, base)
     if reference not in ("none", "base"):
         raise MergeError(f"reference is 'none' or 'base', not {reference!r}")
     if reference == "base" and recipe.base_model is None:
         raise MergeError("reference 'base' needs a base: give 'base' or a recipe with base_model")
-    with open_sources(recipe, sources) as opened, single_thread():
-        reader = Reader(opened, checked_chunk_size(chunk_size), seed=recipe.seed)
-        groups = [g for g in plan(recipe, opened) if g.method != COPY and is_mergeable(g.dtype)]
-        jobs, shown = [], {}
-        for group in groups:
+    with open_sources(recipe, {**given, **(sources or {})}) as opened, single_thread():
+        reader = Reader(opened, chunk_size, seed=recipe.seed)
+        jobs = []
+        for group in plan(recipe, opened):
             for members in chosen_pairs(group, pairs):
                 if reference == "base" and group.base is None:
                     raise MergeError(f"the base has no tensor {group.output}")
-                bound, _ = method.bind(parameters, members)
-                program = method.program(bound)
-                shown = {name: parameters.get(name, p.default) for name, p in method.parameters.items()}
-                jobs.append(Job(select(group, members), method.unit, program, begin(program)))
+                jobs.append(Job(measured(group, members, method.bind(parameters, members)[0]), method))
         if not jobs:
-            raise MergeError(f"nothing to compare: no tensor has {'two members' if isinstance(pairs, str) else pairs}")
+            raise MergeError("nothing to compare: no tensor has the members that are to be compared")
         chunks = lambda job: measured_chunks(job, reader, reference)  # noqa: E731
         settle_whole_model(jobs, chunks, lambda job: job.group.members)
         sums = []
         for job in tqdm(jobs, desc=metric, disable=not progress):
-            terms, value = complete(job.program, job.step, lambda job=job: chunks(job), job.unit)
-            sums.append((job.group, total(terms, chunks(job), job.unit), value))
+            terms, value = complete(job.program, job.step, lambda job=job: chunks(job), method.unit)
+            sums.append((job.group, total(terms, chunks(job), method.unit), value))
+    shown = {name: parameters.get(name, p.default) for name, p in method.parameters.items()}
     return summarise(DistanceReport(metric, shown, reference), sums)
 
 
-def as_recipe(what: Any, base: str | None) -> Recipe:
-    """A recipe for comparing: of sources, one that would merge them linearly."""
-    is_recipe = isinstance(what, Recipe) or (
-        isinstance(what, Mapping) and ({"models", "experts_of", "slices"} & what.keys())
-    )
+def as_recipe(what: Any, base: str | None) -> tuple[Recipe, dict[str, Any]]:
+    """A recipe for comparing (of sources: one that would merge them linearly), and the sources given in memory."""
+    is_mapping = isinstance(what, Mapping) and not isinstance(what, TensorSource)
+    is_recipe = isinstance(what, Recipe) or (is_mapping and not {"models", "experts_of", "slices"}.isdisjoint(what))
     if is_recipe or (isinstance(what, str | Path) and str(what).endswith((".yaml", ".yml"))):
         recipe = Recipe.load(what)
-        return replace(recipe, base_model=base) if base else recipe
+        return (replace(recipe, base_model=base) if base else recipe), {}
     if isinstance(what, str | Path):
-        return Recipe(merge_method="linear", experts_of=str(what), base_model=base)
-    named = what if isinstance(what, Mapping) else {Path(str(ref).partition("@")[0]).name: ref for ref in what}
-    if len(named) < 2 or (not isinstance(what, Mapping) and len(named) != len(what)):
+        return Recipe(merge_method="linear", experts_of=str(what), base_model=base), {}
+    if isinstance(what, TensorSource):
+        return Recipe(merge_method="linear", experts_of="memory", base_model=base), {"memory": what}
+    named = dict(what) if is_mapping else {Path(str(ref).partition("@")[0]).name: ref for ref in what}
+    if len(named) < max(2, len(what)):
         raise MergeError("a distance needs at least two sources with different names; give them as {alias: source}")
-    return Recipe(merge_method="linear", models=tuple(Member(a, str(r)) for a, r in named.items()), base_model=base)
+    given = {alias: ref for alias, ref in named.items() if not isinstance(ref, str | Path)}
+    models = tuple(Member(alias, alias if alias in given else str(ref)) for alias, ref in named.items())
+    return Recipe(merge_method="linear", models=models, base_model=base), given
 
 
 def chosen_pairs(group: MergeGroup, pairs: Pairs) -> list[tuple[str, ...]]:
-    """The sets of members that are compared in one group."""
+    """The sets of members that are compared in one group; none in a group that is copied."""
+    if group.method == COPY:
+        return []
     if pairs == "all":
         return [group.members] if len(group.members) > 1 else []
     each = list(combinations(group.members, 2))
@@ -146,25 +149,20 @@ def chosen_pairs(group: MergeGroup, pairs: Pairs) -> list[tuple[str, ...]]:
     return [tuple(pair) for pair in pairs if set(pair) <= set(group.members)]
 
 
-def select(group: MergeGroup, members: tuple[str, ...]) -> MergeGroup:
+def measured(group: MergeGroup, members: tuple[str, ...], parameters: Mapping[str, Any]) -> MergeGroup:
+    """The group as a distance sees it: the chosen members alone, and the distance's parameters."""
     inputs = dict(zip(group.members, group.inputs, strict=True))
-    return replace(
-        group,
-        members=members,
-        inputs=tuple(inputs[m] for m in members),
-        statistics=(),
-        tokens=(),
-        weights=(1.0,) * len(members),
-    )
+    chosen = tuple(inputs[m] for m in members)
+    return replace(group, members=members, inputs=chosen, parameters=parameters, statistics=(), tokens=(), weights=())
 
 
 def measured_chunks(job: Job, reader: Reader, reference: str) -> Iterator[Chunk]:
-    for chunk in reader.chunks(job.group, job.unit):
+    for chunk in reader.chunks(job.group, job.method.unit):
         yield replace(chunk, x=chunk.deltas()) if reference == "base" else chunk
 
 
 def place(name: str) -> tuple[str, str]:
-    """(layer, module) of a tensor: the component after the layer's index; outside layers the name without its last part."""
+    """(layer, module) of a tensor: what follows the layer's index; outside layers the name without its last part."""
     layer = layer_of(name)
     if layer is None:
         return "", name.rpartition(".")[0] or name

@@ -75,4 +75,4 @@ def _carry_files(content: dict[str, Any], notes: list[str]) -> None:
         raise MergeError(f"tokenizer_source: {source!r} is not understood; give 'base' or one of the models")
     if source in refs:
         content["files_from"] = source
-    notes.append(f"tokenizer_source: all side files are carried from {source!r}")
+    notes.append("tokenizer_source: all side files are carried from that model")

@@ -2,7 +2,7 @@
 
 A method is a function of its parameters. It returns the function that merges one chunk; a method that must first know
 something about the whole tensor is a generator, which yields reductions and receives their sums. Because sums are taken
-over blocks of fixed size in flat order, neither the chunk size nor the number of threads can change a bit of the result.
+over blocks of fixed size in flat order, neither the chunk size nor the number of threads changes a bit of the result.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ Unit = Literal["element", "row", "tensor"]
 class Chunk:
     """A run of one output tensor in float32, seen in all members at once.
 
-    Shapes: ``x`` is (members, n) for unit "element", (members, rows, columns) for "row", (members, *shape) for "tensor";
-    ``base`` the same without the first axis; ``weights`` (members,) float64. ``statistics`` and ``tokens`` (the number of
-    input rows behind each statistic) come in member order. ``start`` is the flat index of the first element.
+    Shapes: ``x`` is (members, n) for unit "element", (members, rows, columns) for "row", (members, *shape) for
+    "tensor"; ``base`` the same without the first axis; ``weights`` (members,) float64. ``statistics`` and ``tokens``
+    (the number of input rows behind each statistic) come in member order. ``start`` is the first element's flat index.
     """
 
     x: Tensor
@@ -45,7 +45,7 @@ class Chunk:
         return self.x - self.base
 
     def uniform(self, member: str) -> Tensor:
-        """Random numbers in [0, 1), float64, one an element of ``x[0]``: a function of seed, name, member and flat index."""
+        """Random numbers in [0, 1), shaped like ``x[0]``: a function of seed, name, member and flat index; float64."""
         identity = hashlib.sha256(f"{self.seed}\0{self.name}\0{member}".encode()).digest()
         counter, skip = divmod(self.start, 4)  # Philox makes four numbers a step of its counter
         bits = np.random.Philox(key=np.frombuffer(identity[:16], np.uint64), counter=counter)
@@ -90,11 +90,19 @@ def resume(program: Program, totals: tuple[Tensor, ...] | None) -> Step:
         return Step(None, end.value)
 
 
-def complete(program: Any, step: Step, chunks: Callable[[], Iterable[Chunk]], unit: Unit) -> Any:
-    """Serve all open requests of a program from the chunks of its one tensor, and return its result."""
-    while step.request is not None:
-        reduce = step.request.reduce if isinstance(step.request, WholeModel) else step.request
-        step = resume(program, total(reduce, chunks(), unit))
+def complete(
+    program: Any, step: Step, chunks: Callable[[], Iterable[Chunk]], unit: Unit, *, alone: bool = False
+) -> Any:
+    """Serve a program's open requests from the chunks of its tensor, and return its result.
+
+    ``alone`` says that this tensor is the whole model; otherwise requests for the whole model were served before.
+    """
+    while (request := step.request) is not None:
+        if isinstance(request, WholeModel):
+            if not alone:
+                raise RuntimeError("a program must ask for sums over the whole model before sums over its tensor")
+            request = request.reduce
+        step = resume(program, total(request, chunks(), unit))
     return step.result
 
 

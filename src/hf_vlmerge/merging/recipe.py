@@ -61,7 +61,9 @@ class ExpertLayout:
             named = entry if isinstance(entry, Mapping) else {entry: entry}
             experts.update((str(alias), str(component)) for alias, component in named.items())
         if not experts:
-            raise MergeError(f"{where}: 'experts' must list the experts, as [vision, language] or [vision: v, language: l]")
+            raise MergeError(
+                f"{where}: 'experts' must list the experts, as [vision, language] or [vision: v, language: l]"
+            )
         return cls(experts, str(layout.get("merged", "shared") or ""), dict(layout.get("config") or {}))
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,16 +211,17 @@ def _known_members(rule: Rule, aliases: tuple[str, ...]) -> None:
 def _members(models: Any) -> tuple[Member, ...]:
     members = []
     for i, entry in enumerate(_list(models, "models"), 1):
-        if isinstance(entry, str):
-            entry = {"model": entry}
+        if isinstance(entry, str | Path):
+            entry = {"model": str(entry)}
         entry = _mapping(entry, f"model {i}", ("model", "alias", "parameters", "statistics"))
-        if not isinstance(entry.get("model"), str):
+        if not isinstance(entry.get("model"), str | Path):
             raise MergeError(f"model {i} needs 'model': a Hub id, folder or file")
-        alias = str(entry.get("alias") or Path(entry["model"].partition("@")[0]).name)
+        alias = str(entry.get("alias") or Path(str(entry["model"]).partition("@")[0]).name)
         if "alias" not in entry and (alias in RESERVED or any(m.alias == alias for m in members)):
             alias = f"{alias}-{i}"
         own = _parameters(entry.get("parameters"), f"model {alias!r}")
-        members.append(Member(alias, entry["model"], own, entry.get("statistics")))
+        statistics = entry.get("statistics")
+        members.append(Member(alias, str(entry["model"]), own, str(statistics) if statistics else None))
     return tuple(members)
 
 

@@ -1,6 +1,6 @@
-"""Registries of merge methods and distances: one file each, found by scanning the folder, called on tensors or by the engine.
+"""Registries of merge methods and distances: one file each, found by scanning the folder, usable on plain tensors.
 
-The signature of a method is its schema: its keyword parameters, their annotations and defaults are what a recipe may say.
+The signature of a method is its schema: keyword parameters, annotations and defaults are what a recipe may say.
 """
 
 import importlib
@@ -36,6 +36,7 @@ class Method:
     statistics: str | None = None  # kind of statistics it needs: "gram"
     weighted: bool = False  # reads Chunk.weights
     average: bool = False  # every output value is a weighted average of the members' values
+    members: tuple[int, int] = (1, 1 << 30)  # least and greatest number of members
     keeps_equal: Callable[[Mapping[str, Any], Sequence[float]], bool] = lambda parameters, weights: True
 
     @cached_property
@@ -59,7 +60,7 @@ class Method:
         raise MergeError(f"{self.name} has no parameter {name!r}{known}")
 
     def bind(self, values: Mapping[str, Any], members: Sequence[str]) -> tuple[dict[str, Any], tuple[float, ...]]:
-        """Check values against the schema; return all parameters (per-member ones as tuples) and the members' weights."""
+        """Check values against the schema; return all parameters (per-member ones as tuples) and the weights."""
         given = {self.check_name(name): value for name, value in values.items()}
         weights = per_member("weights", given.pop("weights", 1.0), members)
         bound = {}
@@ -70,6 +71,21 @@ class Method:
             else:
                 bound[name] = checked(f"{self.name}: {name}", value, parameter.annotation)
         return bound, weights
+
+    def check_members(self, name: str, members: Sequence[str]) -> None:
+        least, most = self.members
+        if not least <= len(members) <= most:
+            count = f"exactly {least}" if least == most else f"{least} to {most}"
+            raise MergeError(f"{name}: {self.name} merges {count} members, not {len(members)} ({', '.join(members)})")
+
+    def check_statistics(
+        self, name: str, shape: tuple[int, ...], members: Sequence[str], statistics: Sequence[Any]
+    ) -> None:
+        """Every matrix needs its statistics for each member; biases, norms and other shapes have none."""
+        missing = [m for m, s in zip(members, statistics, strict=True) if s is None]
+        if self.statistics and len(shape) == 2 and missing:
+            cure = "collect it, or give the tensor another method by a rule"
+            raise MergeError(f"{name}: no {self.statistics} of member {missing[0]!r} in the statistics; {cure}")
 
     def program(self, parameters: Mapping[str, Any]) -> Any:
         """Make the program (or, of a method without reductions, its result) for bound parameters."""
@@ -98,8 +114,10 @@ class Method:
         shapes = {tuple(t.shape) for t in [*tensors, *([] if base is None else [base])]}
         if len(shapes) != 1:
             raise MergeError(f"{name or 'the members'}: shapes differ: {', '.join(map(str, sorted(shapes)))}")
-        view = shape_for(self.unit, shapes.pop())
-        nothing = (None,) * len(tensors)
+        shape = shapes.pop()
+        view, nothing = shape_for(self.unit, shape), (None,) * len(tensors)
+        self.check_members(name or "the tensor", members)
+        self.check_statistics(name or "the tensor", shape, members, statistics or nothing)
         chunk = Chunk(
             x=torch.stack([t.detach().to(torch.float32).reshape(view) for t in tensors]),
             base=None if base is None else base.detach().to(torch.float32).reshape(view),
@@ -112,7 +130,7 @@ class Method:
         )
         program = self.program(bound)
         with single_thread():
-            return complete(program, begin(program), lambda: [chunk], self.unit), chunk
+            return complete(program, begin(program), lambda: [chunk], self.unit, alone=True), chunk
 
 
 @dataclass(frozen=True)
@@ -175,7 +193,7 @@ DISTANCES: Registry[Distance] = Registry("distance", f"{__package__}.distances")
 
 
 def merge_method(name: str, **traits: Any) -> Callable[[Callable[..., Any]], MergeMethod]:
-    """Register a merge method; traits are the fields of :class:`Method` (it reads the weights unless told otherwise)."""
+    """Register a merge method; traits are the fields of :class:`Method` (``weighted`` unless told otherwise)."""
     return lambda function: MERGE_METHODS.add(MergeMethod(name, function, **{"weighted": True, **traits}))
 
 

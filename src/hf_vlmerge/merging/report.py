@@ -2,12 +2,15 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .groups import COPY, MergeGroup, Sources
+from .planning import references
 from .recipe import Recipe
+from .tensors.dtypes import dtype_name
 
 
 class TensorReport(NamedTuple):
@@ -20,6 +23,7 @@ class TensorReport(NamedTuple):
     members: tuple[str, ...]
     parameters: Mapping[str, Any]
     weights: tuple[float, ...]
+    rules: tuple[int, ...]
     note: str
 
 
@@ -46,7 +50,7 @@ class MergeReport:
     @property
     def counts(self) -> dict[str, int]:
         """Output tensors that were merged, copied, and copied because their inputs were byte-equal."""
-        how = self.how or {t.output: "copied" if t.method == "copy" else "merged" for t in self.tensors}
+        how = self.how or {t.output: "copied" if t.method == COPY else "merged" for t in self.tensors}
         found = Counter(how.values())
         return {kind: found[kind] for kind in ("merged", "copied", "equal")}
 
@@ -69,9 +73,66 @@ class MergeReport:
         alike: dict[tuple, list[TensorReport]] = {}
         for t in self.tensors:
             said = ", ".join(f"{k}={v}" for k, v in t.parameters.items())
+            said += "; rules " + ", ".join(map(str, t.rules)) if t.rules else ""
             alike.setdefault((t.method, t.members, said, t.note), []).append(t)
         lines = [f"{'tensors':>7}  {'method':<20} {'members':<36} settings; for example"]
         for (method, members, said, note), tensors in alike.items():
             settings = "; ".join(filter(None, (said, note)))
             lines.append(f"{len(tensors):>7}  {method:<20} {', '.join(members):<36} {settings}; {tensors[0].output}")
         return "\n".join(lines)
+
+
+def describe(recipe: Recipe, sources: Sources, groups: list[MergeGroup], config: dict[str, Any] | None) -> MergeReport:
+    """The report before anything is computed: the plan, where everything comes from, what a reader should know."""
+    members = [s for role, s in sources.items() if role != "base" and not role.startswith("statistics")]
+    return MergeReport(
+        recipe=public_recipe(recipe, sources),
+        tensors=[
+            TensorReport(
+                g.output, g.shape, dtype_name(g.dtype), g.method, g.members, g.parameters, g.weights, g.rules, g.note
+            )
+            for g in groups
+        ],
+        sources=[
+            {"role": role, "label": s.label, "revision": s.revision, "files": [f._asdict() for f in s.files]}
+            for role, s in sources.items()
+        ],
+        notes=[*recipe.notes, *observations(recipe, sources, groups)],
+        config=config,
+        input_parameters=sum(s.numel(key) for s in members for key in s),
+    )
+
+
+def observations(recipe: Recipe, sources: Sources, groups: list[MergeGroup]) -> list[str]:
+    """What is no error but should not go unsaid."""
+    notes = []
+    stored = sorted({dtype_name(sources[r.source].dtype(r.key)) for g in groups if g.method != COPY for r in g.inputs})
+    if len(stored) > 1:
+        notes.append(f"the inputs have different dtypes ({', '.join(stored)})")
+    if "float64" in stored:
+        notes.append("float64 inputs are merged in float32 precision")
+    integers = [g.output for g in groups if g.note.startswith("integers")]
+    if integers:
+        notes.append(f"{len(integers)} integer tensors are copied, not averaged, such as {integers[0]}")
+    for role, source in sources.items():
+        if source.ignored:
+            notes.append(
+                f"{source.label} ({role}): beside the state dict and left out: {', '.join(source.ignored[:8])}"
+            )
+    rest = sorted(set(sources.get("base", ())) - {g.output for g in groups})
+    if rest:
+        notes.append(f"{len(rest)} tensors of the base are in no member and are not used, such as {rest[0]}")
+    used = {i for g in groups for i in g.rules}
+    notes += [f"rule {i} applies to no tensor" for i in range(1, len(recipe.rules) + 1) if i not in used]
+    return notes
+
+
+def public_recipe(recipe: Recipe, sources: Sources) -> Recipe:
+    """The recipe with Hub revisions pinned and paths of this machine reduced to their last part."""
+    names = {}
+    for role, ref in references(recipe).items():
+        source = sources[role]
+        pinned = f"{source.label}@{source.revision}" if source.revision else source.label
+        names[ref] = Path(ref).name if pinned == "memory" else pinned
+    files_from = names.get(recipe.files_from, recipe.files_from)
+    return replace(recipe.map_sources(names.__getitem__), files_from=files_from, notes=recipe.notes)

@@ -1,8 +1,8 @@
 """Statistics of layers' inputs: Gram matrices, collected by hooks, kept as a safetensors file that can live on the Hub.
 
 Keys are names of weights with the prefix ``gram.``. Layers with equal sums (they are fed by the same input) share one
-entry; the metadata ``aliases`` maps the other names to it. All metadata values are JSON: ``tokens`` (input rows behind each
-entry), ``samples``, ``padding``, ``kind`` ("sum"), ``dtype`` of the sums, and what the caller adds (source, revision, data).
+entry; the metadata ``aliases`` maps the other names to it. All metadata values are JSON: ``kind`` ("sum"), ``tokens``
+(input rows behind each entry), ``samples``, ``padding``, and what the caller adds (source, revision, data).
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,7 @@ TokenMask = Callable[
 
 @dataclass
 class GramStatistics:
-    """Sums X^T X of the inputs of linear layers. ``grams``: weight name -> (in, in) float64; ``tokens``: rows summed."""
+    """Sums X^T X over layers' inputs. ``grams``: weight name -> (in, in) float64; ``tokens``: rows behind each."""
 
     grams: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -103,12 +103,17 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 def statistic_key(source: TensorSource, kind: str, weight: str) -> str | None:
     """The key of a weight's statistic in a statistics file, through its aliases; None where there is none."""
     key = f"{kind}.{weight}"
-    key = json.loads(source.metadata.get("aliases", "{}")).get(key, key)
+    key = parsed(source.metadata.get("aliases", "{}")).get(key, key)
     return key if key in source else None
 
 
 def token_count(source: TensorSource, key: str) -> int | None:
-    return json.loads(source.metadata.get("tokens", "{}")).get(key)
+    return parsed(source.metadata.get("tokens", "{}")).get(key)
+
+
+@lru_cache(maxsize=8)
+def parsed(text: str) -> dict[str, Any]:
+    return json.loads(text)
 
 
 @torch.no_grad()
@@ -133,8 +138,8 @@ def collect_grams(
     padding "include" counts every row, as the released code of arXiv 2304.14933 does. "exclude" leaves out padded text
     tokens by the batch's ``attention_mask`` (B, T). What an input's rows are follows from their number: T rows a sample
     are text, ``image_tokens`` = F rows are image, T + F rows are the joint sequence, text first; one row a sample is a
-    pooled token. Anything else is an error, for which ``token_mask(module_name, input, batch)`` is the answer: it returns
-    a mask of the input's shape without its last axis, or None to count all rows.
+    pooled token. Anything else is an error, for which ``token_mask(module_name, input, batch)`` is the answer: it
+    returns a mask of the input's shape without its last axis, or None to count all rows.
     """
     if padding not in ("include", "exclude"):
         raise MergeError(f"padding is 'include' or 'exclude', not {padding!r}")
@@ -183,9 +188,10 @@ class Collector:
 
     def hook(self, name: str, module: nn.Linear, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0]
-        if self.last is None or self.last[0]() is not x or self.last[1] != x._version or self.token_mask is not None:
+        version = 0 if x.is_inference() else x._version  # changes when x is written to
+        if self.last is None or self.last[0]() is not x or self.last[1] != version or self.token_mask is not None:
             rows = self.rows(name, x)
-            self.last = (weak(x), x._version, rows.T @ rows, len(rows))
+            self.last = (weak(x), version, rows.T @ rows, len(rows))
         self.statistics.add(f"{name}.weight", self.last[2].cpu(), self.last[3])
 
     def rows(self, name: str, x: Tensor) -> Tensor:
@@ -197,7 +203,7 @@ class Collector:
 
 
 def mask_by_length(name: str, x: Tensor, batch: Mapping[str, Any], *, image_tokens: int | None) -> Tensor | None:
-    """The mask of an input's rows, told from their number: text, image, text then image, or one pooled token a sample."""
+    """The mask of an input's rows, told from their number: text, image, text then image, or a pooled token a sample."""
     text = batch.get("attention_mask")
     if text is None:
         raise MergeError("padding 'exclude' needs attention_mask in every batch, or token_mask")

@@ -11,7 +11,7 @@ from ..registry import distance_metric
 
 @distance_metric("cosine")
 def cosine():
-    """1 - a.b / (|a| |b|), the mean over pairs of more than two members; 0 between two zero vectors, 1 to one of them."""
+    """1 - a.b / (|a| |b|), the mean over pairs of more than two members; 0 between zero vectors, 1 to a zero vector."""
 
     def value(gram: Tensor) -> Tensor:
         return torch.stack([between(gram, i, j) for i, j in combinations(range(len(gram)), 2)]).mean()

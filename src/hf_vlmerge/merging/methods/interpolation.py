@@ -5,10 +5,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .._ops import weighted_sum
-from ..registry import Chunk, MergeError, merge_method
+from ..registry import Chunk, merge_method
 
 
-@merge_method("interpolation", paper="2304.14933", weighted=False, average=True)
+@merge_method("interpolation", paper="2304.14933", members=(1, 3), weighted=False, average=True)
 def interpolation(*, ratio: float = 0.5, fusion_share: float = 1 / 3) -> Callable[[Chunk], Tensor]:
     """Vision against language, with a fixed share for the cross-modal expert of fusion layers.
 
@@ -17,8 +17,6 @@ def interpolation(*, ratio: float = 0.5, fusion_share: float = 1 / 3) -> Callabl
     """
 
     def merge(c: Chunk) -> Tensor:
-        if len(c.members) > 3:
-            raise MergeError(f"interpolation merges at most 3 members, {c.name} has {len(c.members)}")
         share = fusion_share if len(c.members) == 3 else 0.0
         weights = [(1 - share) * ratio, (1 - share) * (1 - ratio), share]  # vision, language, cross-modal
         return c.x[0].clone() if len(c.members) == 1 else weighted_sum(c.x, weights[: len(c.members)])

@@ -30,22 +30,14 @@ def regmean(*, gamma: float = 0.9, gram: Literal["sum", "mean"] = "sum") -> Call
 
 
 def checked_grams(c: Chunk, gram: str) -> list[Tensor]:
-    """The members' Gram matrices in float64; missing and all-zero ones are errors."""
+    """The members' Gram matrices in float64; one that is all zero or of another size is an error."""
     grams = []
     for member, g, tokens in zip(c.members, c.statistics, c.tokens, strict=True):
-        if g is None or not g.any():
-            state = "no Gram matrix" if g is None else "an all-zero Gram matrix"
-            raise MergeError(
-                f"{c.name}: {state} for member {member!r}; collect it, or give the tensor another method by a rule"
-            )
-        if g.shape != (c.x.shape[2],) * 2:
-            raise MergeError(
-                f"{c.name}: Gram matrix of {member!r} is {tuple(g.shape)}, the weight {tuple(c.x.shape[1:])}"
-            )
+        if g.shape != (c.x.shape[2],) * 2 or not g.any():
+            found = f"an all-zero Gram matrix {tuple(g.shape)}" if not g.any() else f"a Gram matrix {tuple(g.shape)}"
+            raise MergeError(f"{c.name} {tuple(c.x.shape[1:])}: member {member!r} has {found}")
         if gram == "mean" and not tokens:
-            raise MergeError(
-                f"{c.name}: gram 'mean' needs the token count of member {member!r} in the statistics' metadata"
-            )
+            raise MergeError(f"{c.name}: gram 'mean' needs the token count of member {member!r} in the statistics")
         grams.append(g.double() / (tokens if gram == "mean" else 1))
     return grams
 

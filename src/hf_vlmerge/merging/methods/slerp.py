@@ -5,10 +5,10 @@ from math import acos, sin, sqrt
 from torch import Tensor
 
 from .._ops import dots, weighted_sum
-from ..registry import Chunk, MergeError, Program, merge_method
+from ..registry import Chunk, Program, merge_method
 
 
-@merge_method("slerp", paper=None, weighted=False)
+@merge_method("slerp", paper=None, members=(2, 2), weighted=False)
 def slerp(*, ratio: float = 0.5) -> Program:
     """Along the great circle between two members; ratio 0 is the first one, ratio 1 the second.
 
@@ -16,8 +16,6 @@ def slerp(*, ratio: float = 0.5) -> Program:
     mergekit). Nearly parallel tensors (|cos| > 0.9995) are interpolated linearly; a zero tensor counts as orthogonal.
     """
     (gram,) = yield dots
-    if len(gram) != 2:
-        raise MergeError(f"slerp merges exactly 2 members, not {len(gram)}; choose two by a rule")
     norms = [sqrt(gram[0, 0]), sqrt(gram[1, 1])]
     cosine = float(gram[0, 1]) / (norms[0] * norms[1]) if min(norms) > 1e-8 else 0.0
     weights = [1 - ratio, ratio]

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 from ..errors import MergeError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
-ATTEMPTS = 4  # with pauses of 1, 2 and 4 seconds
+ATTEMPTS = 3  # with pauses of 1 and 2 seconds
 PAUSE = 1.0
 SIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.vocab", "*.merges", "LICENSE*", "NOTICE*")
 T = TypeVar("T")
@@ -30,7 +30,7 @@ def is_hub_id(ref: str) -> bool:
 
 
 def fetch(ref: str) -> Snapshot:
-    """Download (or find in the cache) the weights and side files of ``org/name[@revision]``; shows a progress bar a file."""
+    """Download (or find in the cache) weights and side files of ``org/name[@revision]``; shows a progress bar."""
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -64,7 +64,7 @@ def fetch(ref: str) -> Snapshot:
 
 
 def weight_patterns(files: list[str]) -> list[str]:
-    """The usual safetensors files where there are any, else whatever safetensors there are, else the pickled weights."""
+    """The usual safetensors files where there are any, else any safetensors, else the pickled weights."""
     top = [f for f in files if "/" not in f]
     for stem, suffix in (("model", ".safetensors"), ("", ".safetensors"), ("pytorch_model", ".bin")):
         found = [f for f in top if f.startswith(stem) and f.endswith(suffix)]

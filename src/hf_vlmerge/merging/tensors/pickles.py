@@ -22,10 +22,10 @@ from ..errors import MergeError
 # Modules whose functions run code, reach files or the network. A checkpoint that names one is hostile.
 FORBIDDEN = frozenset(
     """
-    os posix nt sys subprocess builtins __builtin__ shutil socket importlib imp runpy pty ctypes code codeop commands operator
-    _operator marshal pickle _pickle types pydoc timeit pdb bdb profile cProfile trace webbrowser signal multiprocessing
-    threading _thread asyncio concurrent urllib http ftplib smtplib tempfile io _io site venv pip ensurepip platform atexit
-    gc inspect linecache pkgutil zipimport distutils setuptools
+    os posix nt sys subprocess builtins __builtin__ shutil socket importlib imp runpy pty ctypes code codeop commands
+    operator _operator marshal pickle _pickle types pydoc timeit pdb bdb profile cProfile trace webbrowser signal gc
+    multiprocessing threading _thread asyncio concurrent urllib http ftplib smtplib tempfile io _io site venv pip
+    ensurepip platform atexit inspect linecache pkgutil zipimport distutils setuptools
     """.split()  # noqa: SIM905 - a list of a hundred quoted words reads worse
 )
 BUILTINS = {
@@ -80,7 +80,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 def harmless(module: str, name: str) -> Any:
-    """What a name on the list stands for, or None. Functions are wrapped anew, so that a file cannot alter torch's own."""
+    """What a name on the list stands for, or None. Functions are wrapped anew: a file cannot alter torch's own."""
     if module == "collections" and name in ("OrderedDict", "Counter"):
         return {"OrderedDict": OrderedDict, "Counter": Counter}[name]
     if module == "_codecs" and name == "encode":

@@ -1,6 +1,6 @@
 """Sources: named tensors in memory, in a file, in a folder or on the Hub, behind one interface.
 
-Opening a source reads headers only. Tensors are read whole (``source[key]``) or in runs of flat order (``source.read``).
+Opening a source reads headers only. Tensors are read whole (``source[key]``) or in runs (``source.read``).
 """
 
 import json
@@ -168,10 +168,10 @@ class SafetensorsSource(TensorSource):
 
 
 def open_source(ref: Any) -> TensorSource:
-    """Open a Hub id (``org/name[@revision]``), a folder, a ``.safetensors``, ``.pt``, ``.pth``, ``.ckpt`` or ``.bin`` file,
-    a mapping of tensors, or a source that is open already.
+    """Open a Hub id (``org/name[@revision]``), a folder, a ``.safetensors``, ``.pt``, ``.pth``, ``.ckpt`` or ``.bin``
+    file, a mapping of tensors, or a source that is open already.
 
-    Raises MergeError, in one sentence, where there is nothing of the kind or it is damaged. Nothing in a file is executed.
+    Raises MergeError, in one sentence, where there is nothing of the kind or it is damaged. Nothing in it is executed.
     """
     if isinstance(ref, TensorSource):
         return ref
@@ -203,7 +203,7 @@ def open_file(path: Path) -> TensorSource:
 
 
 def open_folder(folder: Path, label: str) -> TensorSource:
-    """A folder as ``save_pretrained`` writes it: weights (sharded or not, safetensors first), config.json, side files."""
+    """A folder as ``save_pretrained`` writes it: weights (safetensors first), config.json, side files."""
     source = folder_weights(folder, label)
     source.side_files = side_files(folder)
     if (folder / "config.json").is_file():
@@ -245,7 +245,7 @@ def read_index(index: Path, label: str) -> dict[Path, set[str]]:
 
 
 def is_inside(folder: Path, name: str) -> bool:
-    """Whether a shard lies in the folder itself. The Hub cache keeps links to ``../../blobs``, which is the one exception."""
+    """Whether a shard lies in the folder itself; the links of the Hub cache to ``../../blobs`` are the one exception."""
     if Path(name).name != name or name in ("", ".", ".."):
         return False
     real, home = (folder / name).resolve(), folder.resolve()
@@ -254,7 +254,7 @@ def is_inside(folder: Path, name: str) -> bool:
 
 
 def side_files(folder: Path) -> dict[str, Path]:
-    """What belongs to a model beside its weights: configurations, tokenizer, processor, chat templates, code, licence."""
+    """What belongs to a model beside its weights: configurations, tokenizer, processor, templates, code, licence."""
     found = {}
     for path in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
         wanted = path.suffix in SIDE_SUFFIXES or SIDE_NAMES.match(path.name)
