@@ -1,0 +1,50 @@
+# On a fresh machine `make demo` and `make test` do everything, including the set-up of .venv (once).
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+PEER := .venv-peer
+PEER_READY := $(PEER)/.ready
+CORES := $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: setup demo demo-quick demo-seeds test test-slow peer peer-goldens lint
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+# The main job: train, merge, fine-tune, write, reload; one seed, on the CPU.
+demo: $(READY)
+	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/hf-vlmerge demo --out demo_out --seed 0
+
+demo-quick: $(READY)
+	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/hf-vlmerge demo --out runs/demo_quick --seed 0 --quick
+
+# Three seeds, for the table in README.md.
+demo-seeds: $(READY)
+	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/hf-vlmerge demo --out runs/demo_seeds --seed 0 --seed 1 --seed 2
+
+# Tiny tensors: one thread is fastest, and leaves the other cores to subprocesses.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m "" --timeout 3600
+
+# The tools that benchmarks and recorded results compare with have an environment of their own.
+peer: $(PEER_READY)
+
+$(PEER_READY): constraints.txt
+	test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet -c constraints.txt "mergekit==0.1.5"
+	touch $@
+
+peer-goldens: $(PEER_READY)
+	OMP_NUM_THREADS=1 $(PEER)/bin/python tests/peer/record.py tests/golden
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
