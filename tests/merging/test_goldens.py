@@ -55,7 +55,11 @@ def test_modality_arithmetic(tmp_path, folder, form):
 def test_regmean_with_the_choice_of_members_for_vqa(tmp_path, folder):
     grams = {}
     for name, gram in load_file(folder / "regmean.grams_msa_vqa.safetensors").items():
-        of_attention = name.rpartition(".")[2] in ("v", "l", "vl")  # the input of an attention module is that of its qkv
+        of_attention = name.rpartition(".")[2] in (
+            "v",
+            "l",
+            "vl",
+        )  # the input of an attention module is that of its qkv
         grams[f"gram.{name}.qkv.weight" if of_attention else f"gram.{name}.weight"] = gram
     save_file(grams, tmp_path / "grams.safetensors", {"kind": json.dumps("sum")})
     written, source = merged(

@@ -245,7 +245,7 @@ def read_index(index: Path, label: str) -> dict[Path, set[str]]:
 
 
 def is_inside(folder: Path, name: str) -> bool:
-    """Whether a shard lies in the folder itself; the links of the Hub cache to ``../../blobs`` are the one exception."""
+    """Whether a shard lies in the folder; the links of the Hub cache to ``../../blobs`` are the one exception."""
     if Path(name).name != name or name in ("", ".", ".."):
         return False
     real, home = (folder / name).resolve(), folder.resolve()

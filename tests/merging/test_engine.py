@@ -1,0 +1,274 @@
+"""The engine: laws over methods through files, dtypes, copying, rules, what is carried along, and atomicity."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_vlmerge.merging import MergeError, get_merge_method, list_merge_methods, merge, merge_tensors, open_source
+from hf_vlmerge.merging.program import BLOCK
+
+EXPERTS = ["vision", "language", "vision_language"]
+LAYOUT = {"experts": EXPERTS, "merged": "shared", "config": {"expert_modules": []}}
+
+
+def expert_model(equal=False, layers=2, width=8, seed=0):
+    """A tiny checkpoint with experts in each layer, the cross-modal one in the last layer only."""
+    torch.manual_seed(seed)
+    tensors = {"embeddings.weight": torch.randn(5, width), "encoder.norm.weight": torch.randn(width)}
+    for i in range(layers):
+        one = {"fc.weight": torch.randn(width, width), "fc.bias": torch.randn(width), "norm.weight": torch.randn(width)}
+        for expert in EXPERTS if i == layers - 1 else EXPERTS[:2]:
+            for name, value in one.items():
+                module, _, leaf = name.partition(".")
+                own = value.clone() if equal else torch.randn_like(value)
+                tensors[f"encoder.layers.{i}.{module}.{expert}.{leaf}"] = own
+        tensors[f"encoder.layers.{i}.layer_scale"] = torch.randn(width)
+    return tensors
+
+
+def as_shared(tensors):
+    """The modality-agnostic twin: the vision expert under the merged name."""
+    return {k.replace(".vision.", ".shared."): v for k, v in tensors.items() if ".language." not in k and "_language" not in k}
+
+
+def grams_for(tensors, width=8):
+    return {f"gram.{k}": torch.eye(width) for k, v in tensors.items() if v.ndim == 2 and "layers" in k}
+
+
+def expert_recipe(method, **more):
+    recipe = {"merge_method": method, "experts_of": "specific", "experts": LAYOUT, "base_model": "seed", **more}
+    if get_merge_method(method).statistics:
+        recipe["statistics"] = "grams"
+    if get_merge_method(method).members[1] == 2:
+        recipe["rules"] = [{"has": "vision_language", "members": ["vision", "language"]}]
+    return recipe
+
+
+@pytest.mark.parametrize("method", list_merge_methods())
+def test_copies_of_one_expert_merge_into_it_bit_for_bit(method):
+    specific = expert_model(equal=True)
+    given = {"specific": specific, "seed": as_shared(specific), "grams": grams_for(specific)}
+    merged = merge_tensors(expert_recipe(method), given)
+    expected = as_shared(specific)
+    assert merged.keys() == expected.keys()
+    assert all(merged[key].equal(expected[key]) for key in merged)
+
+
+@pytest.mark.parametrize("method", list_merge_methods())
+def test_names_are_the_image_of_the_grouping(method):
+    specific = expert_model()
+    given = {"specific": specific, "seed": as_shared(expert_model(seed=1)), "grams": grams_for(specific)}
+    merged = merge_tensors(expert_recipe(method), given)
+    assert {k: v.shape for k, v in merged.items()} == {k: v.shape for k, v in as_shared(specific).items()}
+    for key in ("embeddings.weight", "encoder.norm.weight", "encoder.layers.0.layer_scale"):
+        assert merged[key].equal(specific[key])
+
+
+@pytest.mark.parametrize("method", list_merge_methods())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_chunk_size_changes_no_bit(method, dtype):
+    shapes = {"a.weight": (130, 1030), "b.weight": (3 * BLOCK + 9,), "c": ()}
+    models = {name: {k: torch.randn(s).to(dtype) for k, s in shapes.items()} for name in ("a", "b", "seed")}
+    if get_merge_method(method).statistics:
+        models["grams"] = {"gram.a.weight": torch.eye(1030) + 0.1}
+    recipe = {"merge_method": method, "models": ["a", "b"], "base_model": "seed"}
+    recipe |= {"statistics": "grams"} if get_merge_method(method).statistics else {}
+    first, *others = (merge_tensors(recipe, models, chunk_size=size) for size in (1, 2 * BLOCK, 1 << 24))
+    assert all(first[key].equal(other[key]) for other in others for key in first)
+    assert all(value.dtype == dtype for value in first.values())
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two models and a base on disk, with everything that a model folder holds."""
+    for i, name in enumerate(("base", "left", "right")):
+        torch.manual_seed(i)
+        folder = tmp_path / name
+        folder.mkdir()
+        tensors = {"layers.0.w": torch.randn(4, 3), "layers.1.w": torch.randn(4, 3), "steps": torch.tensor([i])}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps({"model_type": "toy", "name": name}))
+        for side in ("tokenizer.json", "chat_template.jinja", "modeling_toy.py", "LICENSE", "vocab.txt"):
+            (folder / side).write_text(f"{side} of {name}")
+        for other in ("README.md", "training_args.bin", "trainer_state.json", ".secret.json", "optimizer.pt"):
+            (folder / other).write_text("not carried")
+    return tmp_path
+
+
+def by_name(folders, method="linear", **more):
+    models = [{"model": str(folders / "left")}, {"model": str(folders / "right")}]
+    return {"merge_method": method, "models": models, "base_model": str(folders / "base"), **more}
+
+
+def test_a_written_folder_is_complete(folders):
+    report = merge(by_name(folders), folders / "out", progress=False)
+    out = folders / "out"
+    found = {p.name for p in out.iterdir()}
+    carried = {"tokenizer.json", "chat_template.jinja", "modeling_toy.py", "LICENSE", "vocab.txt"}
+    assert found == {"model.safetensors", "config.json", "recipe.yaml", *carried}
+    assert json.loads((out / "config.json").read_text())["name"] == "base"
+    assert (out / "tokenizer.json").read_text() == "tokenizer.json of base"
+    left, right = (load_file(folders / name / "model.safetensors") for name in ("left", "right"))
+    written = load_file(out / "model.safetensors")
+    torch.testing.assert_close(written["layers.0.w"], (left["layers.0.w"] + right["layers.0.w"]) / 2)
+    assert open_source(out).metadata == {"format": "pt"}
+    assert report.output == out and report.counts == {"merged": 2, "copied": 1, "equal": 0}
+    assert report.parameters == 25 and report.input_parameters == 50 and report.bytes_written == 24 * 4 + 8
+    assert json.dumps(report.to_dict())
+
+
+def test_files_can_be_carried_from_another_source(folders):
+    merge(by_name(folders, files_from="right"), folders / "out", progress=False)
+    assert (folders / "out" / "vocab.txt").read_text() == "vocab.txt of right"
+
+
+def test_no_path_of_this_machine_leaves_with_the_folder(folders):
+    report = merge(by_name(folders, tokenizer_source=str(folders / "left")), folders / "out", progress=False)
+    text = (folders / "out" / "recipe.yaml").read_text() + json.dumps(report.to_dict())
+    assert str(folders) not in text and "model: left" in text and "files_from: left" in text
+
+
+def test_the_written_recipe_is_a_recipe(folders):
+    report = merge(by_name(folders, parameters={"weights": [3, 1]}), folders / "out", progress=False)
+    models = {name: open_source(folders / name) for name in ("base", "left", "right")}
+    again = merge_tensors(folders / "out" / "recipe.yaml", models)
+    assert again["layers.1.w"].equal(open_source(folders / "out")["layers.1.w"])
+    assert report.recipe.parameters == {"weights": [3, 1]}
+
+
+def test_integers_come_from_the_base_else_from_the_first(folders):
+    merge(by_name(folders), folders / "with", progress=False)
+    recipe = by_name(folders)
+    del recipe["base_model"]
+    report = merge(recipe, folders / "without", progress=False)
+    assert open_source(folders / "with")["steps"].item() == 0
+    assert open_source(folders / "without")["steps"].item() == 1
+    assert any("1 integer tensors are copied" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [({}, "bfloat16"), ({"dtype": "float16"}, "float16")])
+def test_output_dtype(wanted, expected):
+    models = {"a": {"w": torch.randn(3)}, "b": {"w": torch.randn(3)}, "z": {"w": torch.randn(3).to(torch.bfloat16)}}
+    recipe = {"merge_method": "linear", "models": ["a", "b"], "base_model": "z", **wanted}
+    assert merge_tensors(recipe, models)["w"].dtype == getattr(torch, expected)
+    both = {**recipe, "dtype": "float16", "out_dtype": "float32"}
+    assert merge_tensors(both, models)["w"].dtype == torch.float32
+
+
+def test_dtype_reaches_config_json(folders):
+    merge(by_name(folders, out_dtype="bf16"), folders / "out", progress=False)
+    assert json.loads((folders / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert open_source(folders / "out").dtype("steps") == torch.int64
+
+
+def test_bfloat16_is_rounded_once():
+    a, b = (torch.randn(1000).to(torch.bfloat16) for _ in range(2))
+    merged = merge_tensors({"merge_method": "linear", "models": ["a", "b"]}, {"a": {"w": a}, "b": {"w": b}})["w"]
+    assert merged.equal(((a.double() + b.double()) / 2).to(torch.bfloat16))
+
+
+def test_values_that_do_not_fit_the_output_dtype_are_an_error():
+    models = {"a": {"w": torch.tensor([1e5])}, "b": {"w": torch.tensor([3e5])}}
+    with pytest.raises(MergeError, match="w: values up to 2e\\+05 do not fit into float16"):
+        merge_tensors({"merge_method": "linear", "models": ["a", "b"], "dtype": "float16"}, models)
+
+
+def test_equal_inputs_are_copied_even_where_arithmetic_would_round():
+    x = torch.randn(1000)
+    models = {name: {"w": x.clone()} for name in "abc"}
+    recipe = {"merge_method": "linear", "models": list("abc")}
+    assert merge_tensors(recipe, models)["w"].equal(x)
+    unnormalised = {**recipe, "parameters": {"normalize": False, "weights": 0.5}}
+    torch.testing.assert_close(merge_tensors(unnormalised, models)["w"], 1.5 * x)
+
+
+def test_running_statistics_are_averaged_by_every_method():
+    models = {n: {"bn.running_var": torch.tensor([v]), "w": torch.randn(2)} for n, v in (("a", 1.0), ("b", 9.0), ("z", 0.0))}
+    recipe = {"merge_method": "task_arithmetic", "models": ["a", "b"], "base_model": "z", "parameters": {"weights": [3, 1]}}
+    assert merge_tensors(recipe, models)["bn.running_var"].item() == 3.0
+
+
+def test_config_receives_the_layouts_changes(tmp_path):
+    source = tmp_path / "specific"
+    source.mkdir()
+    save_file(expert_model(), source / "model.safetensors")
+    config = {"model_type": "toy", "expert_modules": ["attention"], "expert_layout": LAYOUT}
+    (source / "config.json").write_text(json.dumps(config))
+    report = merge({"merge_method": "interpolation", "experts_of": str(source)}, tmp_path / "out", progress=False)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == {**config, "expert_modules": []} == report.config
+
+
+def test_dry_run_writes_nothing_and_tells_the_plan(folders):
+    rules = [{"match": "layers.1.*", "keep": "right"}, {"match": "nothing*", "keep": "base"}]
+    before = sorted(folders.iterdir())
+    report = merge(by_name(folders, rules=rules), folders / "out", dry_run=True)
+    assert sorted(folders.iterdir()) == before and report.output is None
+    plan = {t.output: (t.method, t.members, t.rules, t.note) for t in report.tensors}
+    assert plan["layers.1.w"] == ("copy", ("right",), (1,), "kept: right")
+    assert plan["layers.0.w"] == ("linear", ("left", "right"), (), "")
+    assert "rule 2 applies to no tensor" in report.notes
+    assert "kept: right" in report.table() and "rules 1" in report.table()
+
+
+def test_shards_and_index(folders):
+    merge(by_name(folders), folders / "out", progress=False, max_shard_size=60)
+    names = sorted(p.name for p in (folders / "out").glob("*.safetensors"))
+    assert names == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = json.loads((folders / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 24 * 4 + 8
+    whole = merge_tensors(by_name(folders))
+    with open_source(folders / "out") as written:
+        assert all(written[key].equal(whole[key]) for key in whole)
+
+
+def test_finish_sees_the_folder_before_it_appears(folders):
+    seen = {}
+
+    def finish(folder: Path, report):
+        seen["files"], seen["output"] = {p.name for p in folder.iterdir()}, (folders / "out").exists()
+        (folder / "README.md").write_text(f"{report.parameters} parameters")
+
+    merge(by_name(folders), folders / "out", finish=finish, progress=False)
+    assert "model.safetensors" in seen["files"] and not seen["output"]
+    assert (folders / "out" / "README.md").read_text() == "25 parameters"
+
+
+def test_an_error_at_any_point_leaves_everything_as_it_was(folders):
+    (folders / "out").mkdir()
+    (folders / "out" / "old.txt").write_text("old")
+    before = sorted(os.listdir(folders))
+
+    def fail(folder, report):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(by_name(folders), folders / "out", finish=fail, overwrite=True, progress=False)
+    assert sorted(os.listdir(folders)) == before and (folders / "out" / "old.txt").read_text() == "old"
+    merge(by_name(folders), folders / "out", overwrite=True, progress=False)
+    assert sorted(os.listdir(folders)) == before and not (folders / "out" / "old.txt").exists()
+
+
+def test_a_merge_may_replace_one_of_its_inputs(folders):
+    expected = merge_tensors(by_name(folders))
+    merge(by_name(folders), folders / "left", overwrite=True, progress=False)
+    assert open_source(folders / "left")["layers.0.w"].equal(expected["layers.0.w"])
+
+
+def test_tied_tensors_are_merged_alike_or_not_at_all():
+    def tied(seed):
+        torch.manual_seed(seed)
+        w = torch.randn(3, 2)
+        return {"embed.weight": w, "head.weight": w}
+
+    models = {"a": tied(0), "b": tied(1)}
+    recipe = {"merge_method": "linear", "models": ["a", "b"]}
+    merged = merge_tensors(recipe, models)
+    assert merged["embed.weight"].equal(merged["head.weight"])
+    apart = {**recipe, "rules": [{"match": "head*", "parameters": {"weights": [1, 0]}}]}
+    with pytest.raises(MergeError, match=r"embed.weight and head.weight are tied, but the recipe merges them differently"):
+        merge_tensors(apart, models)
