@@ -32,7 +32,11 @@ def expert_model(equal=False, layers=2, width=8, seed=0):
 
 def as_shared(tensors):
     """The modality-agnostic twin: the vision expert under the merged name."""
-    return {k.replace(".vision.", ".shared."): v for k, v in tensors.items() if ".language." not in k and "_language" not in k}
+    return {
+        k.replace(".vision.", ".shared."): v
+        for k, v in tensors.items()
+        if ".language." not in k and "_language" not in k
+    }
 
 
 def grams_for(tensors, width=8):
@@ -187,8 +191,15 @@ def test_equal_inputs_are_copied_even_where_arithmetic_would_round():
 
 
 def test_running_statistics_are_averaged_by_every_method():
-    models = {n: {"bn.running_var": torch.tensor([v]), "w": torch.randn(2)} for n, v in (("a", 1.0), ("b", 9.0), ("z", 0.0))}
-    recipe = {"merge_method": "task_arithmetic", "models": ["a", "b"], "base_model": "z", "parameters": {"weights": [3, 1]}}
+    models = {
+        n: {"bn.running_var": torch.tensor([v]), "w": torch.randn(2)} for n, v in (("a", 1.0), ("b", 9.0), ("z", 0.0))
+    }
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "models": ["a", "b"],
+        "base_model": "z",
+        "parameters": {"weights": [3, 1]},
+    }
     assert merge_tensors(recipe, models)["bn.running_var"].item() == 3.0
 
 
@@ -270,5 +281,7 @@ def test_tied_tensors_are_merged_alike_or_not_at_all():
     merged = merge_tensors(recipe, models)
     assert merged["embed.weight"].equal(merged["head.weight"])
     apart = {**recipe, "rules": [{"match": "head*", "parameters": {"weights": [1, 0]}}]}
-    with pytest.raises(MergeError, match=r"embed.weight and head.weight are tied, but the recipe merges them differently"):
+    with pytest.raises(
+        MergeError, match=r"embed.weight and head.weight are tied, but the recipe merges them differently"
+    ):
         merge_tensors(apart, models)

@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,14 +127,16 @@ def load_safely(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 raise MergeError(f"{path.name} is a TorchScript program, not a checkpoint of weights")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickle protocols
+        with suppress(Exception):  # it names classes that torch does not allow, or is damaged: the next reader tells
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return load_restricted(path)
+
+
+def load_restricted(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (pickle.UnpicklingError, RuntimeError, AttributeError, TypeError, ValueError, EOFError, KeyError):
-        pass  # it names classes that torch does not allow, or it is damaged: the second reader tells
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", pickle_module=RESTRICTED_PICKLE, weights_only=False)
+        return torch.load(path, map_location="cpu", pickle_module=RESTRICTED_PICKLE, weights_only=False)
     except MergeError as refusal:
         raise MergeError(f"{path.name}: {refusal}") from None
     except Exception as error:  # a damaged pickle can fail in any way

@@ -1,0 +1,287 @@
+"""Sources: formats, dtypes, nesting, and damaged or hostile files."""
+
+import argparse
+import io
+import json
+import os
+import pathlib
+import pickle
+import struct
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_vlmerge.merging import MergeError, open_source, save_checkpoint
+from hf_vlmerge.merging.tensors.dtypes import SAFETENSORS
+from hf_vlmerge.merging.tensors.pickles import RestrictedUnpickler
+from hf_vlmerge.merging.tensors.safetensors_file import SafetensorsFile
+
+TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.tensor(2.5), "ids": torch.arange(5)}
+
+
+def same(source, tensors):
+    return source.keys() == tensors.keys() and all(source[k].equal(v) for k, v in tensors.items())
+
+
+def test_every_dtype_survives_a_round_trip_with_the_reference_reader(tmp_path):
+    tensors = {}
+    for name, dtype in SAFETENSORS.items():
+        if name in ("F4", "F8_E8M0"):  # the installed reference package cannot write these
+            continue
+        tensors[name] = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype)
+    save_file(tensors, tmp_path / "reference.safetensors")
+    with open_source(tmp_path / "reference.safetensors") as source:
+        assert source.keys() == tensors.keys()
+        for key, value in tensors.items():
+            assert source.dtype(key) == value.dtype and source.shape(key) == (2, 3)
+            assert source[key].view(torch.uint8).equal(value.view(torch.uint8))
+        save_checkpoint(tmp_path / "ours", source)
+    again = load_file(tmp_path / "ours" / "model.safetensors")
+    assert all(again[k].view(torch.uint8).equal(v.view(torch.uint8)) for k, v in tensors.items())
+
+
+@pytest.mark.parametrize("name", [n for n in ("F4", "F8_E8M0") if n in SAFETENSORS])
+def test_dtypes_that_only_newer_readers_know(tmp_path, name):
+    values = torch.arange(8, dtype=torch.uint8).view(SAFETENSORS[name]).reshape(2, 4)
+    save_checkpoint(tmp_path / "out", {"w": values})
+    header = json.loads((tmp_path / "out" / "model.safetensors").read_bytes()[8:].partition(b"}}")[0] + b"}}")
+    assert header["w"]["shape"] == ([2, 8] if name == "F4" else [2, 4])
+    source = open_source(tmp_path / "out")
+    assert source.shape("w") == (2, 4) and source["w"].view(torch.uint8).equal(values.view(torch.uint8))
+
+
+def test_a_dtype_that_torch_lacks_is_named(tmp_path):
+    header = json.dumps({"w": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"abc")
+    with pytest.raises(MergeError, match="w has dtype F6_E2M3"):
+        open_source(tmp_path / "x.safetensors")
+
+
+def test_a_source_is_a_mapping_that_reads_runs(tmp_path):
+    save_checkpoint(tmp_path / "out", TENSORS, config={"model_type": "toy"})
+    with open_source(tmp_path / "out") as source:
+        assert same(source, TENSORS) and len(source) == 3 and "b" in source and source.get("c") is None
+        assert source.read("a.weight", 3, 6).tolist() == [3.0, 4.0, 5.0]
+        assert source.shape("b") == () and source.dtype("ids") == torch.int64
+        assert source.config == {"model_type": "toy"} and source.label == "out" and source.revision is None
+        source["b"].add_(1)  # a tensor of its own
+        assert source["b"] == 2.5
+        with pytest.raises(MergeError, match=r"out has no tensor a.wieght \(closest: a.weight"):
+            source.shape("a.wieght")
+
+
+def test_shards_with_an_index(tmp_path):
+    save_checkpoint(tmp_path / "out", TENSORS, max_shard_size=48)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 2
+    assert same(open_source(tmp_path / "out"), TENSORS)
+
+
+def test_a_single_file_of_another_name_is_found_and_two_are_ambiguous(tmp_path):
+    save_file(TENSORS, tmp_path / "grams.safetensors")
+    assert same(open_source(tmp_path), TENSORS)
+    save_file(TENSORS, tmp_path / "more.safetensors")
+    with pytest.raises(MergeError, match="2 safetensors files and no model.safetensors.index.json"):
+        open_source(tmp_path)
+
+
+def test_tensors_in_memory():
+    source = open_source(TENSORS)
+    assert same(source, TENSORS) and source.label == "memory" and open_source(source) is source
+    with pytest.raises(MergeError, match="'step' is something else"):
+        open_source({"w": torch.ones(1), "step": 3})
+
+
+@pytest.mark.parametrize("cut", [4, 30, -1, -9])
+def test_a_truncated_file(tmp_path, cut):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:cut])
+    with pytest.raises(MergeError, match=r"model\.safetensors is truncated"):
+        open_source(tmp_path)
+
+
+def test_bytes_after_the_end_and_a_damaged_header(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data + b"more")
+    with pytest.raises(MergeError, match="longer than its header says"):
+        open_source(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(data[:8] + b"[" + data[9:])
+    with pytest.raises(MergeError, match="the safetensors header is damaged"):
+        open_source(tmp_path)
+
+
+def test_offsets_that_do_not_fit_the_shape(tmp_path):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
+    with pytest.raises(MergeError, match="w does not lie where its shape"):
+        open_source(tmp_path / "x.safetensors")
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    os.truncate(tmp_path / "x.safetensors", 200)
+    with pytest.raises(MergeError, match="became shorter while it was read"):
+        file.read("ids")
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "link.safetensors"]
+)
+def test_an_index_that_points_outside_its_folder(tmp_path, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(TENSORS, tmp_path / "secret.safetensors")
+    (folder / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    index = {"weight_map": dict.fromkeys(TENSORS, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(MergeError, match="points outside its folder"):
+        open_source(folder)
+
+
+def test_the_links_of_the_hub_cache_are_no_escape(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    save_file(TENSORS, blobs / "0123")
+    (snapshot / "model-1.safetensors").symlink_to("../../blobs/0123")
+    index = {"weight_map": dict.fromkeys(TENSORS, "model-1.safetensors")}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert same(open_source(snapshot), TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(extra="model-00001-of-00002.safetensors"), "misses the tensor extra"),
+        (lambda m: m.pop("ids"), "holds, against the index, the tensor ids"),
+        (lambda m: m.update(ids="gone.safetensors"), "gone.safetensors"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_shards(tmp_path, change, message):
+    save_checkpoint(tmp_path / "out", TENSORS, max_shard_size=48)
+    path = tmp_path / "out" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+    with pytest.raises(MergeError) as error:
+        open_source(tmp_path / "out")
+    assert message in str(error.value) or "holds, against the index" in str(error.value)
+
+
+@pytest.mark.parametrize("ref", ["no/such/folder", "./missing", "model.txt", "gone.safetensors", "org/base+org/lora"])
+def test_a_reference_to_nothing(ref, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.txt").write_text("x")
+    with pytest.raises(MergeError) as error:
+        open_source(ref)
+    assert "\n" not in str(error.value) and len(str(error.value)) > 20
+
+
+def test_a_folder_without_weights(tmp_path):
+    with pytest.raises(MergeError, match="holds no weights"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("content", "ignored"),
+    [
+        (TENSORS, []),
+        ({"state_dict": TENSORS, "epoch": 3}, ["epoch"]),
+        ({"model": {"module": TENSORS}, "args": 1}, ["args"]),
+        ({"model": {**TENSORS, "version": 2}}, ["model.version"]),
+        ({"state_dict": {k: torch.nn.Parameter(v) for k, v in TENSORS.items() if v.is_floating_point()}}, []),
+        ({"state_dict": TENSORS, "hyper_parameters": argparse.Namespace(lr=1), "path": pathlib.Path("/x")}, ["h", "p"]),
+    ],
+)
+def test_checkpoint_files(tmp_path, content, ignored, zipped):
+    torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=zipped)
+    source = open_source(tmp_path / "x.ckpt")
+    expected = TENSORS if "ids" in source else {k: v for k, v in TENSORS.items() if v.is_floating_point()}
+    assert same(source, expected)
+    assert [found[: len(wanted)] for found, wanted in zip(source.ignored, ignored, strict=True)] == ignored
+
+
+def test_tensors_that_share_memory_are_reported(tmp_path):
+    w = torch.ones(2, 2)
+    torch.save({"embed": w, "head": w, "other": torch.ones(2, 2)}, tmp_path / "x.pt")
+    assert open_source(tmp_path / "x.pt").tied == (("embed", "head"),)
+
+
+class Hostile:
+    """A pickle whose loading would call ``function`` with a marker file."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def touch(path):
+    """Stands for any function of an installed package that a pickle could name."""
+    pathlib.Path(path).touch()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("function", [os.system, exec, eval, __import__, getattr, open], ids=lambda f: f.__name__)
+def test_a_malicious_pickle_is_refused_and_nothing_in_it_runs(tmp_path, function, zipped):
+    marker = tmp_path / "marker"
+    argument = {os.system: f"touch {marker}", open: str(marker)}.get(function, f"open({str(marker)!r}, 'w')")
+    content = {
+        "state_dict": TENSORS,
+        "extra": Hostile(function, *((argument, "w") if function is open else (argument,))),
+    }
+    torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(MergeError, match=rf"x\.ckpt: refused: the checkpoint asks for \w+\.{function.__name__}"):
+        open_source(tmp_path / "x.ckpt")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_an_unknown_function_becomes_a_stand_in_that_does_nothing(tmp_path, zipped):
+    marker = tmp_path / "marker"
+    content = {"state_dict": TENSORS, "extra": Hostile(touch, str(marker))}
+    torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=zipped)
+    source = open_source(tmp_path / "x.ckpt")
+    assert same(source, TENSORS) and source.ignored == ("extra",) and not marker.exists()
+
+
+class Nested:
+    """Reduces to stand-ins that are called, updated, appended to and put into a set."""
+
+    def __reduce__(self):
+        return (Nested, (), {"state": 1}, iter([1, 2]), iter([("a", 1)]))
+
+
+def test_whatever_is_done_to_a_stand_in_has_no_effect(tmp_path):
+    torch.save({"model": TENSORS, "rest": [Nested(), {Nested()}]}, tmp_path / "x.pt")
+    assert same(open_source(tmp_path / "x.pt"), TENSORS)
+
+
+def test_a_pickle_cannot_alter_what_it_may_call():
+    script = b"ctorch._utils\n_rebuild_tensor_v2\n}S'planted'\nI1\nsb."  # sets an attribute on what the name stands for
+    function = RestrictedUnpickler(io.BytesIO(script)).load()
+    assert function.planted == 1 and not hasattr(torch._utils._rebuild_tensor_v2, "planted")
+
+
+@pytest.mark.parametrize("data", [b"", b"nonsense", pickle.dumps([1, 2])], ids=["empty", "text", "list"])
+def test_a_file_that_is_no_checkpoint(tmp_path, data):
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(MergeError, match=r"x\.pt is no readable checkpoint|x\.pt holds no state dict"):
+        open_source(tmp_path / "x.pt")
+    torch.save({"epoch": 1}, tmp_path / "y.pt")
+    with pytest.raises(MergeError, match=r"y\.pt holds no state dict"):
+        open_source(tmp_path / "y.pt")
+
+
+def test_a_torchscript_program_is_not_run(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/constants.pkl", b"")
+        archive.writestr("x/data.pkl", b"")
+    with pytest.raises(MergeError, match="TorchScript program"):
+        open_source(tmp_path / "x.pt")
