@@ -59,7 +59,8 @@ def main(output: Path) -> None:
                 recorded |= {f"{path.stem}/{key}": tensor for key, tensor in load_file(shard).items()}
     output.mkdir(parents=True, exist_ok=True)
     file = output / "mergekit.safetensors"
-    save_file(recorded, file, metadata={"mergekit": version("mergekit"), "torch": torch.__version__})
+    made_with = f"mergekit {version('mergekit')}, torch {torch.__version__}"  # one key: several have no fixed order
+    save_file(recorded, file, metadata={"made_with": made_with})
     file.chmod(0o644)
     print(f"{file}: {len(recorded)} tensors")
 
