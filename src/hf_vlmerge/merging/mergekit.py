@@ -16,9 +16,10 @@ IGNORED = ("int8_mask", "name", "chat_template", "tokenizer")
 def translate(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the recipe in the native form, and notes on what was ignored."""
     content, notes = dict(recipe), []
-    content["parameters"] = dict(content.get("parameters") or {})
-    for where in (content, content["parameters"]):
-        for key in IGNORED:
+    if isinstance(content.get("parameters"), Mapping):
+        content["parameters"] = dict(content["parameters"])
+    for where in (content, content.get("parameters")):
+        for key in IGNORED if isinstance(where, dict) else ():
             if where.pop(key, None) is not None:
                 notes.append(f"{key}: has no meaning here and is ignored")
     if "slices" in content:
@@ -27,8 +28,6 @@ def translate(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         content["models"] = [_model(m) for m in content["models"]]
         _place_base(content)
         _carry_files(content, notes)
-    if not content["parameters"]:
-        del content["parameters"]
     return content, notes
 
 
@@ -40,7 +39,7 @@ def _join_slices(content: dict[str, Any]) -> None:
     span = min(spans, default=())
     if "models" in content or len(spans) != 1 or len(span) != 2 or span[0] != 0:
         raise MergeError("slices: layer stacking is not understood; every source must span all layers, in one slice")
-    content["parameters"] = {**content["parameters"], **(slices[0].get("parameters") or {})}
+    content["parameters"] = {**(content.get("parameters") or {}), **(slices[0].get("parameters") or {})}
     content["models"] = [{k: v for k, v in s.items() if k != "layer_range"} for s in sources]
     content["layers"] = int(span[1])
 

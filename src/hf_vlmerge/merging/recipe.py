@@ -104,7 +104,7 @@ class Recipe:
         """Read a path to a YAML file, YAML text, a mapping, or return a Recipe as it is."""
         if isinstance(recipe, cls):
             return recipe
-        if isinstance(recipe, Mapping):
+        if not isinstance(recipe, str | Path):
             return cls.from_dict(recipe)
         is_text = isinstance(recipe, str) and ("\n" in recipe or ": " in recipe)
         if not is_text and not Path(recipe).expanduser().is_file():
