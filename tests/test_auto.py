@@ -7,11 +7,11 @@ import pytest
 
 IMPORT_ORDERS = [
     "import hf_vlmerge",
-    "import transformers\nimport hf_vlmerge",
     "from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor\nimport hf_vlmerge",
     "from hf_vlmerge import VlmoProcessor",
 ]
 MORE_IMPORT_ORDERS = [
+    "import transformers\nimport hf_vlmerge",
     "import transformers.models.auto.configuration_auto\nimport hf_vlmerge",
     "import transformers.models.auto.modeling_auto\nimport hf_vlmerge",
     "import hf_vlmerge\nimport transformers.models.auto.processing_auto",
