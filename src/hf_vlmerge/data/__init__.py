@@ -1,0 +1,1 @@
+"""Data: the embedded data set `shapes`, collators and a tiny tokenizer."""

@@ -1,0 +1,26 @@
+"""Arguments of training, with the values of Sung et al. 2023 as defaults."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class VlmergeTrainingArguments(TrainingArguments):
+    """
+    `TrainingArguments` with the papers' optimiser: AdamW, betas (0.9, 0.98), decay 0.01, linear warm-up and decay, no
+    clipping; and with columns kept, since images and texts are named by the data and not by the model.
+    """
+
+    adam_beta2: float = 0.98
+    weight_decay: float = 0.01
+    max_grad_norm: float = 0.0
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or below 1 the share of all steps."})
+    remove_unused_columns: bool = False
+    report_to: str | list[str] | None = "none"
+    head_learning_rate_factor: float = field(
+        default=1.0, metadata={"help": "Learning rate of the classifier over that of the rest (10 for VQA)."}
+    )
+    decay_as_released: bool = field(
+        default=False, metadata={"help": "Decay the norms of per-modality experts, as the released code does."}
+    )

@@ -1,0 +1,59 @@
+"""A Trainer that logs every loss of the model, and groups parameters as the papers do."""
+
+from collections import defaultdict
+
+import torch
+from transformers import Trainer
+
+from hf_vlmerge.training.groups import decayed_parameters, head_parameters
+
+
+class VlmergeTrainer(Trainer):
+    """
+    `Trainer` for models whose output has several losses: each field `*_loss` is logged as the mean over the forward
+    passes since the last log line, whatever the number of accumulated batches and of processes.
+
+    Takes `VlmergeTrainingArguments`; pass the processor or tokenizer as `processing_class`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._loss_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        self._passes = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training and isinstance(outputs, dict):
+            self._passes += 1
+            for name, value in outputs.items():
+                if name.endswith("_loss"):
+                    self._loss_sums[name] += value.detach()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._passes:  # a line of training, not of evaluation or of the end
+            for name, total in self._loss_sums.items():
+                logs[name] = self.accelerator.reduce(total, "mean").item() / self._passes
+            self._loss_sums.clear()
+            self._passes = 0
+        super().log(logs, start_time)
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        return decayed_parameters(model, self.args.decay_as_released)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Adds groups with the head's learning rate where it differs."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        factor = self.args.head_learning_rate_factor
+        if not made or factor == 1:
+            return optimizer
+        model = self.model if model is None else model
+        parameters = dict(model.named_parameters())
+        head = {id(parameters[name]) for name in head_parameters(model)}
+        for group in list(optimizer.param_groups):
+            moved = [parameter for parameter in group["params"] if id(parameter) in head]
+            if moved:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
+                optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * factor})
+        return optimizer
