@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from hf_vlmerge.merging import merge, open_source
+from hf_vlmerge import VlmoForPreTraining
+from hf_vlmerge.conversion.vlmo import convert_to_hf, convert_to_original
+from hf_vlmerge.merging import collect_grams, merge, open_source
 
 # The original names experts v, l, vl and leaves the component out of the merged name.
 LAYOUT = {"experts": [{"vision": "v"}, {"language": "l"}, {"vision_language": "vl"}], "merged": ""}
@@ -78,3 +81,38 @@ def test_the_choice_of_members_for_vqa_takes_the_cross_modal_expert_of_fusion_la
     for layer, expert in ((2, "vl"), (3, "vl")):
         name = f"transformer.blocks.{layer}.mlp.{{}}fc1.weight"
         assert written[name.format("")].equal(source[name.format(f"{expert}.")])
+
+
+def test_regmean_from_grams_that_our_own_hooks_collect(tmp_path, folder):
+    convert_to_hf(folder / "msa.state_dict.safetensors", tmp_path / "msa")
+    model = VlmoForPreTraining.from_pretrained(tmp_path / "msa")
+    inputs = load_file(folder / "regmean.gram_inputs.safetensors")
+    names = {"input_ids": "text_ids", "attention_mask": "text_masks", "pixel_values": "pixel_values"}
+    batch = {ours: inputs[theirs] for ours, theirs in names.items()}
+    joint_pass = lambda model, batch: model.vlmo(**batch)  # noqa: E731
+    grams = collect_grams(model, [batch], forward=joint_pass, modules="*.encoder.*", progress=False)
+
+    stored = load_file(folder / "regmean.grams_msa_vqa.safetensors")
+    for name, gram in stored.items():
+        _, _, layer, module, expert, *leaf = name.split(".")
+        module = {"attn": "attention", "mlp": "ffn"}[module]
+        expert = {"v": "vision", "l": "language", "vl": "vision_language"}[expert]
+        ours = f"vlmo.encoder.layers.{layer}.{module}.{expert}.{leaf[0] if leaf else 'qkv'}.weight"
+        torch.testing.assert_close(grams.grams.pop(ours), gram, rtol=1e-4, atol=1e-5)
+    assert not grams.grams or all(not gram.any() for gram in grams.grams.values())
+
+    grams = collect_grams(model, [batch], forward=joint_pass, modules="*.encoder.*", progress=False)
+    grams.save(tmp_path / "grams.safetensors", dtype=torch.float64)
+    recipe = {
+        "merge_method": "regmean",
+        "experts_of": str(tmp_path / "msa"),
+        "statistics": str(tmp_path / "grams.safetensors"),
+        "parameters": {"gamma": 0.25},
+        "rules": [VQA],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    merge(tmp_path / "recipe.yaml", tmp_path / "merged", progress=False)
+    convert_to_original(tmp_path / "merged", tmp_path / "merged.ckpt")
+    written = open_source(tmp_path / "merged.ckpt")
+    golden = load_file(folder / "merge.msa.regmean.gamma_0.25.vqa_grams.vqa_task.safetensors")
+    assert max(float((written[key].double() - value).abs().max()) for key, value in golden.items()) < 1e-6

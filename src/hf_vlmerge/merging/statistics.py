@@ -179,20 +179,23 @@ class Collector:
 
     @contextmanager
     def hooked(self, layers: Mapping[str, nn.Linear]) -> Iterator[None]:
-        handles = [module.register_forward_pre_hook(partial(self.hook, name)) for name, module in layers.items()]
+        handles = [
+            module.register_forward_pre_hook(partial(self.hook, name), with_kwargs=True)
+            for name, module in layers.items()
+        ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def hook(self, name: str, module: nn.Linear, arguments: tuple[Tensor, ...]) -> None:
-        x = arguments[0]
+    def hook(self, name: str, module: nn.Linear, arguments: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
+        x = arguments[0] if arguments else named["input"]
         version = 0 if x.is_inference() else x._version  # changes when x is written to
         if self.last is None or self.last[0]() is not x or self.last[1] != version or self.token_mask is not None:
             rows = self.rows(name, x)
             self.last = (weak(x), version, rows.T @ rows, len(rows))
-        self.statistics.add(f"{name}.weight", self.last[2].cpu(), self.last[3])
+        self.statistics.add(f"{name}.weight".lstrip("."), self.last[2].cpu(), self.last[3])
 
     def rows(self, name: str, x: Tensor) -> Tensor:
         """The rows of an input that count, (rows, features) float64."""
