@@ -1,10 +1,13 @@
 """`import hf_vlmerge` is cheap, and the Auto classes work whatever is imported first (each case: a new interpreter)."""
 
+import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
+ENV = os.environ | {"HF_MODULES_CACHE": tempfile.mkdtemp(), "HF_HUB_OFFLINE": "1"}  # remote code is copied there
 IMPORT_ORDERS = [
     "import hf_vlmerge",
     "from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor\nimport hf_vlmerge",
@@ -41,7 +44,7 @@ print(*(type(part).__name__ for part in found))
 
 def run(code: str, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, *arguments], capture_output=True, text=True, timeout=200
+        [sys.executable, "-W", "error", "-c", code, *arguments], capture_output=True, text=True, timeout=200, env=ENV
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -62,7 +65,8 @@ def checkpoint(tmp_path_factory) -> str:
     VlmoForPreTraining(config).save_pretrained(folder)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red"]
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
-    VlmoProcessor(VlmoImageProcessor(size={"height": 16, "width": 16}), tokenizer).save_pretrained(folder)
+    image_processor = VlmoImageProcessor(size={"height": 16, "width": 16})
+    VlmoProcessor(image_processor, tokenizer, max_text_length=4).save_pretrained(folder)
     return str(folder)
 
 
@@ -85,6 +89,43 @@ from transformers import AutoModel
 print(type(AutoModel.from_config(config)).__name__)
 """
     assert run(code).split() == ["VlmoModel"]
+
+
+def test_a_folder_with_remote_code_gives_the_same_outputs_without_the_package(checkpoint, tmp_path):
+    import shutil
+
+    from hf_vlmerge.auto import add_remote_code
+
+    folder = shutil.copytree(checkpoint, tmp_path / "with_code")
+    add_remote_code(folder)
+    code = """
+import sys, torch
+INSTALLED
+from transformers import AutoModel, AutoModelForPreTraining, AutoProcessor
+folder = sys.argv[1]
+options = {} if "hf_vlmerge" in sys.modules and sys.modules["hf_vlmerge"] else {"trust_remote_code": True}
+processor = AutoProcessor.from_pretrained(folder, **options)
+inputs = processor(text=["red"], images=[torch.zeros(3, 16, 16)], padding="max_length")
+for auto in (AutoModel, AutoModelForPreTraining):
+    model = auto.from_pretrained(folder, **options).eval()
+    with torch.no_grad():
+        output = model(**inputs)
+    print(type(model).__name__, output[0].double().sum().item(), output[1].double().sum().item())
+print(type(model).__module__.split(".")[0])
+"""
+    remote = run(code.replace("INSTALLED", 'sys.modules["hf_vlmerge"] = None'), str(folder)).split("\n")
+    local = run(code.replace("INSTALLED", "import hf_vlmerge"), str(folder)).split("\n")
+    assert remote[:2] == local[:2]
+    assert (remote[2], local[2]) == ("transformers_modules", "hf_vlmerge")
+
+
+def test_remote_code_is_for_our_models_only(tmp_path):
+    from hf_vlmerge.auto import add_remote_code
+
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    add_remote_code(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "bert"}'
 
 
 def test_the_import_is_cheap():

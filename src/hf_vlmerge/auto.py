@@ -10,13 +10,19 @@ each has run:
 * `processing_auto` and `image_processing_auto`: register the processors, which are looked up by name alone.
 
 A module that has already run is acted upon at once.
+
+Where this package is not installed, `trust_remote_code=True` is the other road: `add_remote_code` puts a model's source
+files and the same table of classes into a checkpoint's folder.
 """
 
 import functools
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Family(NamedTuple):
@@ -41,6 +47,47 @@ FAMILIES = {
         processor="VlmoProcessor",
     ),
 }
+
+
+def add_remote_code(folder: "Path | str") -> None:
+    """
+    Make a folder of one of our models load with `trust_remote_code=True` where this package is not installed.
+
+    Copies the family's source files into it and names the classes in the `auto_map` of config.json and of the
+    processor's files. A folder of another model is left as it is.
+    """
+    import json
+    import shutil
+    from pathlib import Path
+
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        return
+    family = FAMILIES[model_type]
+    for source in sorted((Path(__file__).parent / "models" / model_type).glob(f"*_{model_type}.py")):
+        shutil.copyfile(source, folder / source.name)
+
+    def names(kind: str, classes: dict[str, str]) -> dict[str, str]:
+        return {auto: f"{kind}_{model_type}.{name}" for auto, name in classes.items()}
+
+    image_processor = names("image_processing", {"AutoImageProcessor": family.image_processor})
+    processor = names("processing", {"AutoProcessor": family.processor})
+    models = names("configuration", {"AutoConfig": family.config}) | names("modeling", family.models)
+    maps = {
+        "config.json": models,
+        "preprocessor_config.json": image_processor,
+        "processor_config.json": processor,
+        "tokenizer_config.json": processor,
+    }
+    for name, auto_map in maps.items():
+        path = folder / name
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": auto_map}
+            if "image_processor" in content:  # nested in processor_config.json
+                content["image_processor"]["auto_map"] = image_processor | processor
+            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def install() -> None:

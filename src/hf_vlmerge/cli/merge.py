@@ -30,9 +30,14 @@ def merge(
     if not recipe.is_file():
         raise FileNotFoundError(f"the recipe {recipe} is not a file.")
 
+    from hf_vlmerge.auto import add_remote_code
     from hf_vlmerge.hub.card import write_merge_card
-    from hf_vlmerge.merging import Recipe
+    from hf_vlmerge.merging import MergeReport, Recipe
     from hf_vlmerge.merging import merge as run
+
+    def finish(folder: Path, report: MergeReport) -> None:
+        write_merge_card(folder, report)
+        add_remote_code(folder)
 
     loaded = Recipe.load(recipe)
     if dtype is not None:
@@ -40,7 +45,7 @@ def merge(
     report = run(
         loaded,
         out,
-        finish=write_merge_card,
+        finish=finish,
         overwrite=overwrite,
         dry_run=dry_run,
         allow_nonfinite=allow_nonfinite,
