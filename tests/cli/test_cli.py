@@ -212,6 +212,7 @@ def test_convert_goes_from_a_checkpoint_to_a_folder_and_back(specific, tmp_path,
     report = json.loads(capsys.readouterr().out)
     assert report["architecture"] == "VlmoForPreTraining"
     assert (tmp_path / "again/tokenizer.json").is_file()
+    assert (tmp_path / "again/modeling_vlmo.py").is_file()  # loads where this package is not installed
 
 
 def test_convert_seed_refuses_a_model_with_experts(specific, tmp_path, capsys):

@@ -44,6 +44,7 @@ def vlmo(
     \b
     Example: hf-vlmerge convert vlmo vlmo_base.ckpt vlmo-base --tokenizer bert-base-uncased
     """
+    from hf_vlmerge.auto import add_remote_code
     from hf_vlmerge.conversion import vlmo as conversion
 
     if to_original:
@@ -58,6 +59,7 @@ def vlmo(
             joint_attention_in_lower_layers=joint_attention_in_lower_layers,
             tokenizer=tokenizer,
             overwrite=overwrite,
+            finish=add_remote_code,
         )
     show(report, as_json)
 
@@ -82,6 +84,7 @@ def beit(
     \b
     Example: hf-vlmerge convert beit microsoft/beit-base-patch16-224-pt22k-ft22k seed-init
     """
+    from hf_vlmerge.auto import add_remote_code
     from hf_vlmerge.conversion.beit import convert_beit
 
     report = convert_beit(
@@ -94,6 +97,7 @@ def beit(
         seed=seed,
         tokenizer=tokenizer,
         overwrite=overwrite,
+        finish=add_remote_code,
     )
     show(report, as_json)
 
@@ -112,9 +116,10 @@ def seed(
     \b
     Example: hf-vlmerge convert seed vlmo-seed vlmo-specific --expert-modules attention,ffn,layer_norm
     """
+    from hf_vlmerge.auto import add_remote_code
     from hf_vlmerge.conversion.seed import specialise_folder
 
-    print(specialise_folder(source, out, split(expert_modules), overwrite=overwrite))
+    print(specialise_folder(source, out, split(expert_modules), overwrite=overwrite, finish=add_remote_code))
 
 
 def split(names: str) -> list[str]:

@@ -15,7 +15,7 @@ from hf_vlmerge.conversion.report import ConversionReport
 from hf_vlmerge.conversion.specialise import experts_of_layer, has_experts
 from hf_vlmerge.conversion.vlmo import sizes
 from hf_vlmerge.conversion.vlmo_keys import expand
-from hf_vlmerge.conversion.write import check_shapes, make_fresh, write_model
+from hf_vlmerge.conversion.write import Finish, check_shapes, make_fresh, write_model
 from hf_vlmerge.merging.tensors import open_source
 from hf_vlmerge.models.vlmo.configuration_vlmo import VlmoConfig
 from hf_vlmerge.models.vlmo.experts_vlmo import resize_position_table
@@ -35,6 +35,7 @@ def convert_beit(
     seed: int = 0,
     tokenizer: str | None = None,
     overwrite: bool = False,
+    finish: Finish | None = None,
 ) -> ConversionReport:
     """
     A `VlmoForPreTraining` folder that starts from BEiT.
@@ -43,6 +44,7 @@ def convert_beit(
         image_size: pixels of the new model; by default that of the source. The position table is resized.
         vision_weights_for_all: the other modalities' experts start as copies of vision's, else at random values.
         seed: of the fresh values (text embeddings, modality types, pooler, heads).
+        tokenizer, finish: see `convert_to_hf` of vlmo.py.
 
     Raises:
         ValueError: a source key that no table knows, or a tensor of a block that the source lacks.
@@ -60,7 +62,7 @@ def convert_beit(
     fresh = [key for key in model if key.removeprefix("vlmo.") not in trained]
     complete = {key: trained.get(key.removeprefix("vlmo."), value) for key, value in model.items()}
     check_shapes(config, "VlmoForPreTraining", {key: tuple(tensor.shape) for key, tensor in complete.items()})
-    write_model(output, "VlmoForPreTraining", config, complete, tokenizer=tokenizer, overwrite=overwrite)
+    write_model(output, "VlmoForPreTraining", config, complete, tokenizer=tokenizer, overwrite=overwrite, finish=finish)
     return ConversionReport(
         source=label,
         output=str(output),

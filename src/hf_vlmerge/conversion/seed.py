@@ -4,11 +4,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hf_vlmerge.conversion.specialise import specialise
+from hf_vlmerge.conversion.write import Finish
 from hf_vlmerge.merging.tensors import open_source, save_checkpoint
 
 
 def specialise_folder(
-    source: str | Path, output: str | Path, expert_modules: Iterable[str], *, overwrite: bool = False
+    source: str | Path,
+    output: str | Path,
+    expert_modules: Iterable[str],
+    *,
+    overwrite: bool = False,
+    finish: Finish | None = None,
 ) -> Path:
     """
     Copies shared -> every expert (see `specialise`); config.json gets `expert_modules`, the files beside it come along.
@@ -26,4 +32,5 @@ def specialise_folder(
             config={**seed.config, "expert_modules": expert_modules},
             side_files=seed.side_files,
             overwrite=overwrite,
+            finish=finish,
         )

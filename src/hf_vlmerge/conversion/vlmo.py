@@ -22,7 +22,7 @@ from hf_vlmerge.conversion.vlmo_keys import (
     head_table,
     key_table,
 )
-from hf_vlmerge.conversion.write import check_shapes, write_model, write_torch
+from hf_vlmerge.conversion.write import Finish, check_shapes, write_model, write_torch
 from hf_vlmerge.merging.tensors import open_source
 from hf_vlmerge.models.vlmo.configuration_vlmo import EXPERT_MODULES, VlmoConfig
 
@@ -51,6 +51,7 @@ def convert_to_hf(
     joint_attention_in_lower_layers: bool | None = None,
     tokenizer: str | None = None,
     overwrite: bool = False,
+    finish: Finish | None = None,
 ) -> ConversionReport:
     """
     A checkpoint of the research code (Lightning `.ckpt`, state dict) or of Microsoft's VLMo as a folder of ours.
@@ -62,6 +63,7 @@ def convert_to_hf(
         joint_attention_in_lower_layers: default true for Microsoft's naming, false otherwise. The released custom
             layer norm configuration attends jointly; the paper's text does not.
         tokenizer: Hub id or folder of a WordPiece tokenizer; without one only the image processor is written.
+        finish: called with the temporary folder before it gets its name.
 
     Raises:
         ValueError: a key that is neither converted nor known to be unused, a missing key, or sizes that do not agree.
@@ -76,7 +78,9 @@ def convert_to_hf(
         )
         converted = {ours: tensors[theirs] for theirs, ours in plan.table.items()}
         label = tensors.label
-    write_model(output, CLASSES[plan.head], plan.config, converted, tokenizer=tokenizer, overwrite=overwrite)
+    write_model(
+        output, CLASSES[plan.head], plan.config, converted, tokenizer=tokenizer, overwrite=overwrite, finish=finish
+    )
     return ConversionReport(
         source=label,
         output=str(output),

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +12,8 @@ from hf_vlmerge.models.vlmo import modeling_vlmo
 from hf_vlmerge.models.vlmo.configuration_vlmo import VlmoConfig
 from hf_vlmerge.models.vlmo.image_processing_vlmo import VlmoImageProcessor
 from hf_vlmerge.models.vlmo.processing_vlmo import VlmoProcessor
+
+Finish = Callable[[Path], None]  # called with the temporary folder before it gets its name
 
 
 def make_fresh(architecture: str, config: VlmoConfig, seed: int | None) -> dict[str, torch.Tensor]:
@@ -45,16 +47,23 @@ def write_model(
     *,
     tokenizer: str | None = None,
     overwrite: bool = False,
+    finish: Finish | None = None,
 ) -> Path:
     """A folder for `from_pretrained`: weights, config.json, processor (without a tokenizer its image part alone)."""
     config.architectures = [architecture]
     config.dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     processor = make_processor(config, tokenizer)
+
+    def complete(folder: Path) -> None:
+        processor.save_pretrained(folder)
+        if finish is not None:
+            finish(folder)
+
     return save_checkpoint(
         output,
         tensors,
         config=json.loads(config.to_json_string()),
-        finish=processor.save_pretrained,
+        finish=complete,
         overwrite=overwrite,
     )
 
