@@ -1,4 +1,4 @@
-"""Random changes of a batch of images that keep what they show: small affine maps and colour changes, in plain torch."""
+"""Random changes of images that keep what they show: small affine maps and colour changes of a batch, in torch."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Small image-text sets in memory: rows of Parquet files (a folder or a Hub data set) with their images as uint8 tensors."""
+"""Small image-text sets in memory: rows of Parquet files (a folder or a Hub data set), images as uint8 tensors."""
 
 from pathlib import Path
 

@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -56,8 +55,3 @@ class Stage:
             trainer.train()
         lines = [line for line in trainer.state.log_history if "loss" in line]
         return {name: value for name, value in lines[-1].items() if name.endswith("loss")}
-
-
-def last_folder(path: str | Path) -> str:
-    """A folder's own name, which may be shown; its place on this machine is nobody's business."""
-    return Path(path).resolve().name
