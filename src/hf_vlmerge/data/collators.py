@@ -19,6 +19,7 @@ class VlmoCollator:
         max_length: tokens that a text is cut to.
         padding: `longest` of the batch, which changes no output and saves work, or `max_length`.
         image_column, text_column: names in the examples. Of a text that is a list of strings one is drawn at random.
+        augmentation: changes uint8 images (B, 3, H, W) and gives floats, as `Augmentation`; for training only.
         seed: of a generator of the collator's own; without it torch's is used, which the Trainer seeds, saves and
             restores.
 
@@ -37,6 +38,7 @@ class VlmoCollator:
         padding: str = "longest",
         image_column: str = "image",
         text_column: str = "text",
+        augmentation: Callable[[torch.Tensor], torch.Tensor] | None = None,
         seed: int | None = None,
     ):
         if padding not in ("longest", "max_length"):
@@ -44,6 +46,7 @@ class VlmoCollator:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.max_length, self.padding = max_length, padding
         self.image_column, self.text_column = image_column, text_column
+        self.augmentation = augmentation
         self.seed, self._generator = seed, None
 
     def __call__(self, examples: Sequence[Mapping] | Mapping) -> dict[str, torch.Tensor]:
@@ -51,7 +54,7 @@ class VlmoCollator:
             batch = dict(examples)
         else:
             batch = {**self.texts(examples), "pixel_values": self.images(examples)}
-        batch["pixel_values"] = scaled(batch["pixel_values"])
+        batch["pixel_values"] = (self.augmentation or scaled)(batch["pixel_values"])
         return batch
 
     @property
