@@ -33,7 +33,7 @@ def test_an_expert_is_a_path_component():
     assert merged_name("vision_tower.weight", LAYOUT) == (None, "vision_tower.weight")
     dropped = ExpertLayout({"v": "v", "l": "l"}, "")
     assert merged_name("blocks.0.attn.v.qkv.weight", dropped) == ("v", "blocks.0.attn.qkv.weight")
-    with pytest.raises(MergeError, match="a.vision.b.language: more than one path component names an expert"):
+    with pytest.raises(MergeError, match="more than one path component names an expert"):
         merged_name("a.vision.b.language", LAYOUT)
 
 
@@ -95,9 +95,7 @@ def test_weights_by_alias_of_experts_that_are_not_in_every_layer():
 def test_an_expert_layout_comes_from_config_json_or_the_recipe():
     source = open_source(ones("0.vision.w", "0.language.w"))
     recipe = {"merge_method": "linear", "experts_of": "msa"}
-    with pytest.raises(
-        MergeError, match="memory has no expert_layout in its config.json; give 'experts' in the recipe"
-    ):
+    with pytest.raises(MergeError, match=r"memory has no expert_layout in its config[.]json"):
         merge_tensors(recipe, {"msa": source})
     source.config = {"expert_layout": {"experts": ["vision", "language"], "merged": "one"}}
     assert merge_tensors(recipe, {"msa": source}).keys() == {"0.one.w"}

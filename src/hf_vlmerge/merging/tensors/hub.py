@@ -31,36 +31,41 @@ def is_hub_id(ref: str) -> bool:
 
 def fetch(ref: str) -> Snapshot:
     """Download (or find in the cache) weights and side files of ``org/name[@revision]``; shows a progress bar."""
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     repo, _, revision = ref.partition("@")
     try:
         if constants.HF_HUB_OFFLINE:
-            folder = Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
+            folder = cached(repo, revision or None)
             return Snapshot(repo, folder.name, folder, {})
         info = retried(lambda: HfApi().model_info(repo, revision=revision or None, files_metadata=True))
         files = {f.rfilename: f.lfs.sha256 if f.lfs else None for f in info.siblings or ()}
         patterns = [*SIDE, *weight_patterns(list(files))]
         folder = retried(lambda: snapshot_download(repo, revision=info.sha, allow_patterns=patterns))
         return Snapshot(repo, info.sha, Path(folder), {name: sha for name, sha in files.items() if sha})
-    except GatedRepoError:
+    except errors.GatedRepoError:
         raise MergeError(f"{repo} is gated: ask for access on its page and log in with `hf auth login`") from None
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise MergeError(f"{repo} has no revision {revision!r}") from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise MergeError(
             f"{repo!r} is neither a folder here nor a model on the Hub (or it is private: log in)"
         ) from None
-    except LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:
         raise MergeError(f"{ref} is not in the local cache, and the Hub cannot be reached") from None
-    except (OSError, ValueError) as error:
+    except (errors.HTTPError, OSError, ValueError) as error:
         raise MergeError(f"{ref} could not be fetched from the Hub: {str(error).splitlines()[0]}") from error
+
+
+def cached(repo: str, revision: str | None) -> Path:
+    """The folder of a repository in the local cache. It may hold only what was fetched of it."""
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+
+    for name in ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
+        path = try_to_load_from_cache(repo, name, revision=revision)
+        if isinstance(path, str):
+            return Path(path).parent
+    return Path(snapshot_download(repo, revision=revision, local_files_only=True))
 
 
 def weight_patterns(files: list[str]) -> list[str]:
