@@ -86,6 +86,18 @@ def test_the_chunk_size_changes_no_bit(method, dtype):
     assert all(value.dtype == dtype for value in first.values())
 
 
+def test_the_number_of_threads_changes_no_bit():
+    models = {name: {"w": torch.randn(5 * BLOCK + 3)} for name in "ab"}
+    threads = torch.get_num_threads()
+    merged = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        merged.append(merge_tensors({"merge_method": "slerp", "models": ["a", "b"]}, models)["w"])
+        assert torch.get_num_threads() == count
+    torch.set_num_threads(threads)
+    assert merged[0].equal(merged[1])
+
+
 @pytest.fixture
 def folders(tmp_path):
     """Two models and a base on disk, with everything that a model folder holds."""

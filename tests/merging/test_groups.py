@@ -71,6 +71,14 @@ def test_keeping():
     assert [found[k].inputs[0].source for k in "xyz"] == ["base", "b", "a"]
 
 
+def test_a_tensor_that_one_model_lacks_can_be_kept_from_another():
+    sources = {"a": ones("w", "head"), "b": ones("w")}
+    rules = [{"match": "head", "keep": "a"}]
+    assert groups({**LINEAR, "rules": rules}, sources)["head"].inputs == (Ref("a", "head"),)
+    rules = [{"match": "head", "members": ["a"]}]
+    assert groups({**LINEAR, "rules": rules}, sources)["head"].members == ("a",)
+
+
 def test_a_tensor_without_experts_can_be_kept_from_the_base():
     sources = {"msa": ones("0.vision.w", "0.language.w", "head"), "seed": {"head": torch.zeros(2, 2)}}
     merged = merge_tensors(experts(base_model="seed", rules=[{"match": "head", "keep": "base"}]), sources)
@@ -145,6 +153,11 @@ TWO = {"a": ones("w", "x"), "b": ones("w", "x")}
             experts(),
             {"msa": ones("0.ffn.vision.w", "0.ffn.language.w", "0.ffn.vision.b")},
             "the expert 'language' lacks the counterpart of 0.ffn.vision.b",
+        ),
+        (
+            experts(),
+            {"msa": ones("0.vision.w", "1.vision.w", "1.language.w")},
+            "0.shared.w: only the expert 'vision' has it",
         ),
         (experts(), {"msa": ones("0.vision.w", "0.shared.w")}, "another tensor merges into the same name 0.shared.w"),
         (

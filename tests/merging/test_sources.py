@@ -113,11 +113,32 @@ def test_bytes_after_the_end_and_a_damaged_header(tmp_path):
         open_source(tmp_path)
 
 
-def test_offsets_that_do_not_fit_the_shape(tmp_path):
-    header = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}).encode()
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}, "w does not lie where its shape"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "w does not lie where its shape"),
+        ({"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}, "sizes must be whole numbers"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": ["0", 8]}, "sizes must be whole numbers"),
+        ({"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}, "the safetensors header is damaged"),
+        ({"shape": [2], "data_offsets": [0, 8]}, "the safetensors header is damaged"),
+    ],
+)
+def test_a_header_that_makes_no_sense(tmp_path, entry, message):
+    header = json.dumps({"w": entry}).encode()
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
-    with pytest.raises(MergeError, match="w does not lie where its shape"):
+    with pytest.raises(MergeError, match=message):
         open_source(tmp_path / "x.safetensors")
+
+
+def test_damaged_files_beside_the_weights(tmp_path):
+    save_checkpoint(tmp_path / "out", TENSORS)
+    (tmp_path / "out" / "config.json").write_text("[1, 2]")
+    with pytest.raises(MergeError, match=r"out: config\.json is not a JSON object"):
+        open_source(tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(MergeError, match=r"model\.safetensors\.index\.json is no index of shards"):
+        open_source(tmp_path / "out")
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):

@@ -76,10 +76,9 @@ def group_by_expert(sources: Sources, layout: ExpertLayout, recipe: Recipe) -> I
         if alias in family or None in family or (family and alias is None):
             raise MergeError(f"{key}: another tensor merges into the same name {output}")
         family[alias] = Ref("experts", key)
-    if not any(None not in family for family in families.values()):
-        raise MergeError(
-            f"{sources['experts'].label} has no experts: no key has a component {', '.join(layout.experts.values())}"
-        )
+    if all(None in family for family in families.values()):
+        label, components = sources["experts"].label, ", ".join(layout.experts.values())
+        raise MergeError(f"{label} has no experts: no key has a component {components}")
     check_complete(families, layout)
     settler = Settler(sources, recipe, order, families)
     for output, family in families.items():
@@ -92,15 +91,14 @@ def group_by_expert(sources: Sources, layout: ExpertLayout, recipe: Recipe) -> I
 def merged_name(key: str, layout: ExpertLayout) -> tuple[str | None, str]:
     """The expert a key belongs to (None: no expert) and its name in the output."""
     parts = key.split(".")
-    found = [
-        (i, alias) for i, part in enumerate(parts) for alias, component in layout.experts.items() if part == component
-    ]
+    aliases = {component: alias for alias, component in layout.experts.items()}
+    found = [i for i, part in enumerate(parts) if part in aliases]
     if not found:
         return None, key
     if len(found) > 1:
         raise MergeError(f"{key}: more than one path component names an expert")
-    (at, alias), merged = found[0], [layout.merged] if layout.merged else []
-    return alias, ".".join([*parts[:at], *merged, *parts[at + 1 :]])
+    at, merged = found[0], [layout.merged] if layout.merged else []
+    return aliases[parts[at]], ".".join([*parts[:at], *merged, *parts[at + 1 :]])
 
 
 def check_complete(families: Mapping[str, Mapping[str | None, Ref]], layout: ExpertLayout) -> None:
@@ -163,6 +161,9 @@ class Settler:
         inputs = {a: found[a] for a in self.order if a in found and (members is None or a in members)}
         if not inputs:
             raise MergeError(f"{name}: a rule chooses {', '.join(members or ())}, of which the group has none")
+        if self.recipe.experts_of and len(inputs) == 1 and members is None:
+            lone = next(iter(inputs))
+            raise MergeError(f"{name}: only the expert {lone!r} has it; if that is meant, a rule says members: {lone}")
         return inputs
 
     def merged(

@@ -113,7 +113,10 @@ def token_count(source: TensorSource, key: str) -> int | None:
 
 @lru_cache(maxsize=8)
 def parsed(text: str) -> dict[str, Any]:
-    return json.loads(text)
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise MergeError(f"the statistics' metadata is not JSON: {text[:40]!r}") from None
 
 
 @torch.no_grad()

@@ -33,10 +33,20 @@ class Reader:
     def stored(self, ref: Ref, start: int, stop: int) -> Tensor:
         """A run of one input in its own dtype."""
         values = self.sources[ref.source].read(ref.key, start, stop)
-        if not self.allow_nonfinite and is_mergeable(values.dtype) and not values.float().isfinite().all():
-            bad, label = "NaN" if values.float().isnan().any() else "Inf", self.sources[ref.source].label
-            raise MergeError(f"{ref.key} of {label} ({ref.source}) contains {bad}; allow it or mend it")
+        if is_mergeable(values.dtype):
+            self.check(ref, values.to(torch.float32))
         return values
+
+    def floats(self, ref: Ref, start: int, stop: int) -> Tensor:
+        """A run of one input in float32."""
+        values = self.sources[ref.source].read(ref.key, start, stop).to(torch.float32)
+        self.check(ref, values)
+        return values
+
+    def check(self, ref: Ref, values: Tensor) -> None:
+        if not self.allow_nonfinite and not values.isfinite().all():
+            bad, label = "NaN" if values.isnan().any() else "Inf", self.sources[ref.source].label
+            raise MergeError(f"{ref.key} of {label} ({ref.source}) contains {bad}; allow it or mend it")
 
     def spans(self, group: MergeGroup, unit: Unit) -> Iterator[tuple[int, int]]:
         """Flat (start, stop) of each chunk: a number of whole blocks of the unit."""
@@ -54,10 +64,9 @@ class Reader:
         statistics = tuple(None if r is None else self.sources[r.source][r.key] for r in group.statistics)
         weights = torch.tensor(group.weights, dtype=torch.float64)
         for start, stop in self.spans(group, unit):
-            read = lambda ref: self.stored(ref, start, stop).to(torch.float32).reshape(shape)  # noqa: B023, E731
             yield Chunk(
-                x=torch.stack([read(ref) for ref in group.inputs]),
-                base=None if group.base is None else read(group.base),
+                x=torch.stack([self.floats(ref, start, stop).reshape(shape) for ref in group.inputs]),
+                base=None if group.base is None else self.floats(group.base, start, stop).reshape(shape),
                 members=group.members,
                 weights=weights,
                 statistics=statistics,

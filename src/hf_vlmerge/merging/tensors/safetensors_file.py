@@ -54,7 +54,9 @@ class SafetensorsFile:
             header = json.loads(os.pread(self.descriptor, length, 8))
             metadata = header.pop("__metadata__", {})
             described = {key: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for key, e in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if not all(type(n) is int and n >= 0 for _, shape, *ends in described.values() for n in (*shape, *ends)):
+                raise ValueError("sizes must be whole numbers")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MergeError(f"{self.path.name}: the safetensors header is damaged ({error})") from None
         start, end, entries = 8 + length, 0, {}
         for key, (dtype, shape, first, last) in sorted(described.items(), key=lambda item: item[1][2:]):

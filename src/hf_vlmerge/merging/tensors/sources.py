@@ -112,7 +112,7 @@ class DictSource(TensorSource):
         return self.tensors[self.require(key)].dtype
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.tensors[self.require(key)].cpu().reshape(-1)[start:stop]
+        return self.tensors[self.require(key)].reshape(-1)[start:stop].cpu()
 
 
 class SafetensorsSource(TensorSource):
@@ -208,9 +208,9 @@ def open_folder(folder: Path, label: str) -> TensorSource:
     source.side_files = side_files(folder)
     if (folder / "config.json").is_file():
         try:
-            source.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise MergeError(f"{label}: config.json is not valid JSON ({error})") from None
+            source.config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise MergeError(f"{label}: config.json is not a JSON object ({error})") from None
     return source
 
 
@@ -235,7 +235,7 @@ def read_index(index: Path, label: str) -> dict[Path, set[str]]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards: dict[str, set[str]] = {}
         for key, name in weight_map.items():
-            shards.setdefault(name, set()).add(key)
+            shards.setdefault(str(name), set()).add(key)
     except (ValueError, KeyError, AttributeError, TypeError):
         raise MergeError(f"{label}: {index.name} is no index of shards") from None
     for name in shards:
