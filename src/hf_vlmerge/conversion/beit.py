@@ -1,4 +1,4 @@
-"""BEiT weights as initial weights: vision comes trained, everything else fresh (section 4.1 of arXiv 2304.14933).
+"""BEiT weights as initial weights: vision comes trained, everything else fresh (as in arXiv 2304.14933).
 
 Both flavours are understood: pretrained (one position table for all layers, a norm at the end) and finetuned (a table a
 layer, the norm of the pooled mean), under the names of the original files and of `transformers`.
