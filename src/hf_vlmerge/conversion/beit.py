@@ -180,8 +180,7 @@ def infer_config(tensors, parts: dict) -> dict:
 def require_all(result: dict, config: VlmoConfig, vision_weights_for_all: bool) -> None:
     """Raises ValueError if a tensor that BEiT should have given is not there."""
     for key in make_fresh("VlmoModel", config, seed=None):
-        left_fresh = key.startswith(FRESH) or (
-            not vision_weights_for_all and ".language." in key.replace("vision_", "")
-        )
+        other_modality = ".language." in key or ".vision_language." in key
+        left_fresh = key.startswith(FRESH) or (other_modality and not vision_weights_for_all)
         if key not in result and not left_fresh:
             raise ValueError(f"the BEiT checkpoint has nothing for {key!r}.")
