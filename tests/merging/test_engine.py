@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_vlmerge.merging import MergeError, get_merge_method, list_merge_methods, merge, merge_tensors, open_source
 from hf_vlmerge.merging.program import BLOCK
+from hf_vlmerge.merging.registry import MERGE_METHODS, PerMember, WholeModel, merge_method
 
 EXPERTS = ["vision", "language", "vision_language"]
 LAYOUT = {"experts": EXPERTS, "merged": "shared", "config": {"expert_modules": []}}
@@ -84,6 +85,66 @@ def test_the_chunk_size_changes_no_bit(method, dtype):
     first, *others = (merge_tensors(recipe, models, chunk_size=size) for size in (1, 2 * BLOCK, 1 << 24))
     assert all(first[key].equal(other[key]) for other in others for key in first)
     assert all(value.dtype == dtype for value in first.values())
+
+
+@pytest.fixture
+def method():
+    """Registers methods for one test only."""
+    names = []
+
+    def register(name, **traits):
+        names.append(name)
+        return merge_method(name, **traits)
+
+    yield register
+    for name in names:
+        MERGE_METHODS.entries.pop(name)
+
+
+def test_a_method_over_rows_sees_whole_rows_and_their_sums(method):
+    seen = set()
+
+    @method("rows", unit="row")
+    def rows(*, share: PerMember = 1.0):
+        (sums,) = yield lambda c: (c.x.double().sum((1, 2)),)
+
+        def merge(c):
+            seen.add(tuple(c.x.shape[2:]))
+            assert c.start % c.x.shape[2] == 0
+            return (c.x / sums.float()[:, None, None]).amax(2, keepdim=True).sum(0) * c.x[0] * share[0]
+
+        return merge
+
+    models = {name: {"m": torch.rand(700, 300), "v": torch.rand(5), "c": torch.rand(3, 2, 2)} for name in "ab"}
+    recipe = {"merge_method": "rows", "models": ["a", "b"], "parameters": {"share": {"a": 2.0, "b": [0, 1]}}}
+    first, second = (merge_tensors(recipe, models, chunk_size=size) for size in (1, 1 << 24))
+    assert all(first[key].equal(second[key]) for key in first) and seen == {(300,), (5,), (4,)}
+    x = torch.stack([models[n]["m"] for n in "ab"])
+    expected = 2 * (x / x.sum((1, 2), keepdim=True)).amax(2, keepdim=True).sum(0) * x[0]
+    torch.testing.assert_close(first["m"], expected)
+
+
+def test_a_method_may_ask_for_sums_over_the_whole_model(method):
+    @method("centred", weighted=False)
+    def centred():
+        sums, counts = yield WholeModel(lambda c: (c.x.double().sum(1), torch.full((len(c.x),), c.x.shape[1])))
+        means = (sums / counts).float()
+        return lambda c: (c.x - means[:, None]).sum(0)
+
+    models = {
+        "a": {"x": torch.tensor([1.0, 2.0]), "y": torch.tensor([6.0])},
+        "b": {"x": torch.zeros(2), "y": torch.ones(1)},
+    }
+    merged = merge_tensors({"merge_method": "centred", "models": ["a", "b"]}, models)
+    torch.testing.assert_close(merged["x"], torch.tensor([-2.0, -1.0]) - 1 / 3)
+    torch.testing.assert_close(merged["y"], torch.tensor([3.0]) + 2 / 3)
+
+
+def test_a_method_that_changes_the_shape_is_stopped(method):
+    method("broken")(lambda: lambda c: c.x)
+    models = {name: {"w": torch.rand(3)} for name in "ab"}
+    with pytest.raises(RuntimeError, match=r"broken returned \(2, 3\) for \(3,\)"):
+        merge_tensors({"merge_method": "broken", "models": ["a", "b"]}, models)
 
 
 def test_the_number_of_threads_changes_no_bit():
@@ -297,3 +358,18 @@ def test_tied_tensors_are_merged_alike_or_not_at_all():
         MergeError, match=r"embed.weight and head.weight are tied, but the recipe merges them differently"
     ):
         merge_tensors(apart, models)
+
+
+def test_what_should_not_go_unsaid(tmp_path):
+    torch.save({"state_dict": {"w": torch.ones(2)}, "epoch": 3}, tmp_path / "left.ckpt")
+    save_file({"w": torch.zeros(2, dtype=torch.float16)}, tmp_path / "right.safetensors")
+    save_file({"w": torch.zeros(2), "head": torch.ones(1)}, tmp_path / "seed.safetensors")
+    models = [str(tmp_path / "left.ckpt"), str(tmp_path / "right.safetensors")]
+    recipe = {"merge_method": "linear", "models": models, "base_model": str(tmp_path / "seed.safetensors")}
+    assert merge(recipe, None, dry_run=True).notes == [
+        "the inputs have different dtypes (float16, float32)",
+        "left.ckpt (left.ckpt): beside the state dict and left out: epoch",
+        "1 tensors of the base are in no member and are not used, such as head",
+    ]
+    with pytest.raises(MergeError, match="an output folder is needed"):
+        merge(recipe, None)

@@ -5,6 +5,7 @@ last bit with the length of a chunk.
 """
 
 from collections.abc import Generator, Sequence
+from itertools import combinations_with_replacement
 from typing import Literal
 
 import torch
@@ -38,8 +39,11 @@ def normalized(weights: Sequence[float]) -> list[float]:
 
 def dots(c: Chunk) -> tuple[Tensor]:
     """Reduction: inner products of all members, (members, members) float64."""
-    x = c.x.double()
-    return (torch.stack([torch.stack([(a * b).sum() for b in x]) for a in x]),)
+    x, count = c.x.double(), len(c.members)
+    gram = torch.empty(count, count, dtype=torch.float64)
+    for i, j in combinations_with_replacement(range(count), 2):
+        gram[i, j] = gram[j, i] = (x[i] * x[j]).sum()
+    return (gram,)
 
 
 def kth_magnitude(keep: Sequence[float], scope: Scope) -> Generator[Reduce | WholeModel, tuple[Tensor, ...], Tensor]:

@@ -6,6 +6,7 @@ whole rows or tensors), so the result does not depend on their size.
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,7 +113,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 def runs(groups: list[MergeGroup], reader: Reader, progress: bool) -> Iterator[Run]:
     """Every chunk of every output tensor, group after group. Groups without elements yield nothing."""
-    jobs = {g.output: Job(g, get_merge_method(g.method)) for g in groups if g.method != COPY}
+    jobs = {g.output: job_of(g) for g in groups if g.method != COPY}
     kin = lambda job: (job.group.method, repr(job.group.parameters))  # noqa: E731
     settle_whole_model(list(jobs.values()), lambda job: reader.chunks(job.group, job.method.unit), kin)
     total = sum(prod(g.shape) for g in groups)
@@ -125,11 +126,17 @@ def runs(groups: list[MergeGroup], reader: Reader, progress: bool) -> Iterator[R
                 bar.update(values.numel())
 
 
+def job_of(group: MergeGroup) -> Job:
+    """The group as its method sees it: with a base only where the method needs one."""
+    method = get_merge_method(group.method)
+    return Job(group if method.needs_base else replace(group, base=None), method)
+
+
 def keeps_equal(job: Job, reader: Reader) -> bool:
-    """Whether all inputs (and the base, of a method that needs one) are the same bytes and the method keeps those."""
-    group, method = job.group, job.method
-    refs = (*group.inputs, group.base) if method.needs_base and group.base else group.inputs
-    return method.keeps_equal(group.parameters, group.weights) and reader.all_equal(group, refs)
+    """Whether all inputs, and the base if the method needs one, are the same bytes and the method keeps those."""
+    group = job.group
+    refs = (*group.inputs, *((group.base,) if group.base else ()))
+    return job.method.keeps_equal(group.parameters, group.weights) and reader.all_equal(group, refs)
 
 
 def copied(group: MergeGroup, reader: Reader) -> Iterator[tuple[int, Tensor]]:

@@ -103,6 +103,7 @@ def distance(
             for members in chosen_pairs(group, pairs):
                 if reference == "base" and group.base is None:
                     raise MergeError(f"the base has no tensor {group.output}")
+                group = group if reference == "base" else replace(group, base=None)
                 jobs.append(Job(measured(group, members, method.bind(parameters, members)[0]), method))
         if not jobs:
             raise MergeError("nothing to compare: no tensor has the members that are to be compared")
