@@ -136,6 +136,11 @@ def test_padding_by_a_mask_of_ones_own(model):
             {"padding": "exclude", "image_tokens": 3},
             "cannot be told apart",
         ),
+        (
+            {"x": torch.ones(4, 3, 4), "attention_mask": TEXT},
+            {"padding": "exclude"},
+            "q: the input has 4 samples, attention_mask 2",
+        ),
         ({"x": torch.ones(2, 3, 4)}, {"padding": "exlude"}, "padding is 'include' or 'exclude', not 'exlude'"),
     ],
 )

@@ -213,6 +213,8 @@ def mask_by_length(name: str, x: Tensor, batch: Mapping[str, Any], *, image_toke
     text = batch.get("attention_mask")
     if text is None:
         raise MergeError("padding 'exclude' needs attention_mask in every batch, or token_mask")
+    if x.ndim > 2 and len(x) != len(text):
+        raise MergeError(f"{name}: the input has {len(x)} samples, attention_mask {len(text)}; give token_mask")
     rows, length = x.shape[:-1].numel() // len(text), text.shape[1]
     if length == image_tokens:
         raise MergeError(f"texts and images both have {length} tokens and cannot be told apart; give token_mask")
