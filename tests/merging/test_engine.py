@@ -290,13 +290,14 @@ def test_config_receives_the_layouts_changes(tmp_path):
 def test_dry_run_writes_nothing_and_tells_the_plan(folders):
     rules = [{"match": "layers.1.*", "keep": "right"}, {"match": "nothing*", "keep": "base"}]
     before = sorted(folders.iterdir())
-    report = merge(by_name(folders, rules=rules), folders / "out", dry_run=True)
+    report = merge(by_name(folders, rules=rules, parameters={"weights": [3, 1]}), folders / "out", dry_run=True)
     assert sorted(folders.iterdir()) == before and report.output is None
     plan = {t.output: (t.method, t.members, t.rules, t.note) for t in report.tensors}
     assert plan["layers.1.w"] == ("copy", ("right",), (1,), "kept: right")
     assert plan["layers.0.w"] == ("linear", ("left", "right"), (), "")
     assert "rule 2 applies to no tensor" in report.notes
     assert "kept: right" in report.table() and "rules 1" in report.table()
+    assert "weights=(3.0, 1.0)" in report.table()
 
 
 def test_shards_and_index(folders):

@@ -72,7 +72,8 @@ class MergeReport:
         """The plan as text: one line for each run of tensors that are made alike, with one of their names."""
         alike: dict[tuple, list[TensorReport]] = {}
         for t in self.tensors:
-            said = ", ".join(f"{k}={v}" for k, v in t.parameters.items())
+            weights = {} if set(t.weights) <= {1.0} else {"weights": t.weights}
+            said = ", ".join(f"{k}={v}" for k, v in {**t.parameters, **weights}.items())
             said += "; rules " + ", ".join(map(str, t.rules)) if t.rules else ""
             alike.setdefault((t.method, t.members, said, t.note), []).append(t)
         lines = [f"{'tensors':>7}  {'method':<20} {'members':<36} settings; for example"]
