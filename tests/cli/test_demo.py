@@ -59,7 +59,8 @@ def test_what_was_written_is_the_seeded_merge(out):
     merged = VlmoForPreTraining.from_pretrained(out).state_dict()
     seeded = VlmoForPreTraining.from_pretrained(out / "runs/seed_3/seeded").state_dict()
     name = "vlmo.encoder.layers.0.ffn.{}.fc1.weight"
-    expected = (seeded[name.format("vision")] + seeded[name.format("language")]) / 2
+    ratio = recipe["parameters"]["ratio"]
+    expected = ratio * seeded[name.format("vision")] + (1 - ratio) * seeded[name.format("language")]
     assert torch.allclose(merged[name.format("shared")], expected, atol=1e-7)
     assert (out / "modeling_vlmo.py").is_file()
 

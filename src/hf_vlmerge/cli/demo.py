@@ -32,7 +32,6 @@ ARMS = {  # folder -> name in table and plot
     "seeded_merge": "seeded merge",
 }
 MERGES = {"naive_merge": "specific", "seeded_merge": "seeded"}
-METRICS = {"l2": "L2", "cosine": "cosine", "ssd": "SSD", "tssd": "TSSD"}
 RESULTS = "results.json"
 
 
@@ -110,7 +109,7 @@ def run_seed(settings: dict[str, Any], seed: int, folder: Path) -> dict[str, Any
         "steps": steps,
         "ceiling": material.ceiling,
         "arms": {arm: measure(material, folder / arm) for arm in ARMS},
-        "distances": {merged: distances(folder / source) for merged, source in MERGES.items()},
+        "distances": {merged: distances(folder / source, settings["distances"]) for merged, source in MERGES.items()},
     }
 
 
@@ -242,16 +241,13 @@ def recall(model, pairs: "PairsInMemory") -> dict[str, float]:
     return evaluate_retrieval(model, scaled(pairs.columns["pixel_values"]), texts)
 
 
-def distances(folder: Path) -> dict[str, float]:
+def distances(folder: Path, metrics: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Between the vision and the language experts of a checkpoint, over all their tensors."""
     from hf_vlmerge import distance
 
-    def between(metric: str) -> float:
-        return distance(str(folder), metric=metric, pairs=[("vision", "language")], progress=False).total[
-            "vision-language"
-        ]
-
-    return {label: between(metric) for metric, label in METRICS.items()}
+    pairs = [("vision", "language")]
+    reports = {label: distance(str(folder), pairs=pairs, progress=False, **how) for label, how in metrics.items()}
+    return {label: report.total["vision-language"] for label, report in reports.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -323,9 +319,9 @@ def summary(runs: list[dict]) -> dict[str, dict[str, str]]:
 
 
 def mean_distances(runs: list[dict]) -> dict[str, dict[str, float]]:
+    labels = runs[0]["distances"]["seeded_merge"]
     return {
-        merged: {label: mean(run["distances"][merged][label] for run in runs) for label in METRICS.values()}
-        for merged in MERGES
+        merged: {label: mean(run["distances"][merged][label] for run in runs) for label in labels} for merged in MERGES
     }
 
 
@@ -340,7 +336,7 @@ def table(runs: list[dict]) -> str:
         [ARMS[source], ARMS[merged], *(f"{value:.4g}" for value in by_merge[merged].values())]
         for merged, source in MERGES.items()
     ]
-    lines += ["", *markdown(["experts of", "become", *METRICS.values()], far)]
+    lines += ["", *markdown(["experts of", "become", *by_merge["seeded_merge"]], far)]
     seeds = ", ".join(str(run["seed"]) for run in runs)
     ceiling = mean(run["ceiling"] for run in runs)
     title = (
