@@ -49,7 +49,7 @@ def run(*, out: Path, quick: bool, seeds: list[int]) -> None:
 
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as work:
-        runs = [run_seed(settings, seed, Path(work) / f"seed_{seed}") for seed in seeds]
+        runs = [run_seed(settings, seed, Path(work) / f"seed_{seed}") for seed in dict.fromkeys(seeds)]
         text = table(runs)
         publish(out, runs, Path(work), settings, text)
     print(f"\n{text}\n")
@@ -208,12 +208,12 @@ def train(material: Material, model, collator, name: str, folder: Path, span: tu
     trainer.train()
 
 
-def merge_folder(material: Material, source: Path, output: Path, finish=None) -> None:
+def merge_folder(material: Material, source: Path, output: Path) -> None:
     """The experts of `source` averaged, by the recipe of demo.yaml."""
     from hf_vlmerge import merge
 
     recipe = {"experts_of": str(source), **material.settings["merge"]}
-    merge(recipe, output, overwrite=True, finish=finish, fsync=False, progress=False)
+    merge(recipe, output, fsync=False, progress=False)
 
 
 def measure(material: Material, folder: Path) -> dict[str, Any]:
