@@ -1,13 +1,16 @@
 """Sources: formats, dtypes, nesting, and damaged or hostile files."""
 
 import argparse
+import collections
 import io
 import json
 import os
 import pathlib
 import pickle
 import struct
+import tarfile
 import zipfile
+from contextlib import suppress
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_vlmerge.merging import MergeError, open_source, save_checkpoint
 from hf_vlmerge.merging.tensors.dtypes import SAFETENSORS
-from hf_vlmerge.merging.tensors.pickles import RestrictedUnpickler
+from hf_vlmerge.merging.tensors.pickles import RestrictedUnpickler, StandIn
 from hf_vlmerge.merging.tensors.safetensors_file import SafetensorsFile
 
 TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.tensor(2.5), "ids": torch.arange(5)}
@@ -284,10 +287,48 @@ def test_whatever_is_done_to_a_stand_in_has_no_effect(tmp_path):
     assert same(open_source(tmp_path / "x.pt"), TENSORS)
 
 
-def test_a_pickle_cannot_alter_what_it_may_call():
-    script = b"ctorch._utils\n_rebuild_tensor_v2\n}S'planted'\nI1\nsb."  # sets an attribute on what the name stands for
-    function = RestrictedUnpickler(io.BytesIO(script)).load()
-    assert function.planted == 1 and not hasattr(torch._utils._rebuild_tensor_v2, "planted")
+CALLABLE = ["torch._utils\n_rebuild_tensor_v2", "_codecs\nencode", "torch.nn.parameter\nParameter", "any.module\nname"]
+
+
+@pytest.mark.parametrize("name", CALLABLE)
+@pytest.mark.parametrize("state", ["}S'planted'\nI1\ns", "(N}S'planted'\nI1\nst"], ids=["dict", "slots"])
+def test_a_pickle_cannot_alter_what_it_may_call(name, state):
+    script = f"c{name}\n{state}b.".encode()  # BUILD: sets an attribute on what the name stands for
+    with suppress(TypeError):  # of a class, which refuses it
+        assert not hasattr(RestrictedUnpickler(io.BytesIO(script)).load(), "planted")
+
+
+@pytest.mark.parametrize("name", ["OrderedDict", "Counter"])
+def test_a_pickle_cannot_alter_a_class_of_the_standard_library(name):
+    script = f"ccollections\n{name}\n(N}}S'planted'\nI1\nstb.".encode()
+    with pytest.raises(TypeError):
+        RestrictedUnpickler(io.BytesIO(script)).load()
+    assert not hasattr(getattr(collections, name), "planted")
+
+
+@pytest.mark.parametrize("name", ["torch._utils\nos.system", "torch\nserialization.os.system", "torch\nSize.__class__"])
+def test_a_dotted_name_leads_nowhere(name):
+    assert issubclass(RestrictedUnpickler(io.BytesIO(f"c{name}\n.".encode())).load(), StandIn)
+
+
+def test_no_patch_file_is_written_for_a_container_whose_source_differs(tmp_path):
+    """torch's reader of old files compares a container's source with that in the file, and can write a patch."""
+    name = str(tmp_path / "planted")
+    build = f"c_codecs\nencode\n(N}}S'dump_patches'\nI01\nsS'__name__'\nS'{name}'\nstb"
+    container = f"(S'module'\n{build}S'x.py'\nS'another source'\ntQ.".encode()
+    start = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {"little_endian": True}]
+    parts = [pickle.dumps(part, 2) for part in start]
+    (tmp_path / "x.pt").write_bytes(b"".join([*parts, container, pickle.dumps([], 2)]))
+    with pytest.raises(MergeError, match="holds no state dict"):
+        open_source(tmp_path / "x.pt")
+    assert os.listdir(tmp_path) == ["x.pt"]
+
+
+def test_a_tar_archive_is_not_unpacked(tmp_path):
+    with tarfile.open(tmp_path / "x.pt", "w") as archive:
+        archive.add(__file__, "storages")
+    with pytest.raises(MergeError, match=r"x\.pt is a tar archive"):
+        open_source(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("data", [b"", b"nonsense", pickle.dumps([1, 2])], ids=["empty", "text", "list"])

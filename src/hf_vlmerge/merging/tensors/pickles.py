@@ -6,9 +6,10 @@ place of every other class or function, and refuses files that ask for Python's 
 """
 
 import pickle
+import tarfile
 import warnings
 import zipfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -66,6 +67,22 @@ class StandIn:
         return id(self)
 
 
+class Harmless(StandIn):
+    """A function of the list. It can be called, but what a pickle sets on it has no effect.
+
+    A function itself would not do: a pickle may set attributes on it, and torch's reader of old files writes a patch
+    file of any name for what has the attribute ``dump_patches`` and a source.
+    """
+
+    def __new__(cls, function: Callable[..., Any]) -> "Harmless":
+        self = object.__new__(cls)
+        self.function = function
+        return self
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+
 class RestrictedUnpickler(pickle.Unpickler):
     """An unpickler for which no name leads to foreign code."""
 
@@ -81,22 +98,21 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 def harmless(module: str, name: str) -> Any:
-    """What a name on the list stands for, or None. Functions are wrapped anew: a file cannot alter torch's own."""
-    if module == "collections" and name in ("OrderedDict", "Counter"):
-        return {"OrderedDict": OrderedDict, "Counter": Counter}[name]
+    """What a name on the list stands for, or None. No file can alter it: the classes are immutable, functions wrapped."""
+    if module == "collections" and name == "OrderedDict":
+        return OrderedDict
     if module == "_codecs" and name == "encode":
-        return lambda text, encoding="latin1": text.encode("latin1")
+        return Harmless(lambda text, encoding="latin1": text.encode("latin1"))
     if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
         return getattr(torch, name)
     if module == "torch" and name in ("Size", "device"):
         return getattr(torch, name)
     if module == "torch._utils" and name in REBUILD:
-        function: Callable[..., Tensor] = getattr(torch._utils, name)
-        return lambda *arguments: function(*arguments)
+        return Harmless(getattr(torch._utils, name))
     if module == "torch._tensor" and name == "_rebuild_from_type_v2":
-        return lambda rebuild, cls, arguments, state: rebuild(*arguments)
+        return Harmless(lambda rebuild, cls, arguments, state: rebuild(*arguments))
     if module == "torch.nn.parameter" and name == "Parameter":
-        return lambda data, *_: data
+        return Harmless(lambda data, *_: data)
     return None
 
 
@@ -127,6 +143,8 @@ def load_safely(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 raise MergeError(f"{path.name} is a TorchScript program, not a checkpoint of weights")
+    elif tarfile.is_tarfile(path):  # torch would unpack it, links and all
+        raise MergeError(f"{path.name} is a tar archive, as only the first versions of torch wrote")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickle protocols
         with suppress(Exception):  # it names classes that torch does not allow, or is damaged: the next reader tells
