@@ -64,7 +64,44 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="two names are exchanged on Linux only")
+def test_an_output_is_replaced_in_one_step(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    monkeypatch.setattr(sinks.os, "rename", lambda *_: pytest.fail("two steps"))
+    with atomic_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "new").touch()
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["new"]
+
+
+def test_an_output_is_replaced_where_names_cannot_be_exchanged(tmp_path, monkeypatch):
+    monkeypatch.setattr(sinks, "exchange", lambda a, b: False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with atomic_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "new").touch()
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["new"]
+
+
+def test_an_output_that_is_a_link_stays_one(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with pytest.raises(MergeError, match="exists"):
+        save_checkpoint(tmp_path / "link", TENSORS)
+    save_checkpoint(tmp_path / "link", TENSORS, overwrite=True)
+    assert (tmp_path / "link").is_symlink() and len(open_source(tmp_path / "real")) == 3
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+def test_an_output_below_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("file/out", "file/deeper/out"):
+        with pytest.raises(MergeError, match="the output 'out' cannot be made: a folder above it is a file"):
+            save_checkpoint(tmp_path / name, TENSORS)
+
+
 def test_a_failing_rename_brings_the_old_folder_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(sinks, "exchange", lambda a, b: False)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
     rename = os.rename

@@ -4,11 +4,14 @@ Shapes and dtypes are known before the first value, so every header is written f
 final place. Everything happens in a temporary sibling folder, which is flushed once and renamed at the end.
 """
 
+import ctypes
+import errno
 import json
 import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,11 +37,15 @@ def atomic_folder(output: Path | str, *, overwrite: bool = False, fsync: bool = 
     """Give a temporary sibling of ``output`` to fill; rename it to ``output`` when the block ends well.
 
     On any error the temporary folder is removed and what stood at ``output`` stays untouched. An existing ``output`` is
-    refused unless ``overwrite``; then it is replaced by renaming, after everything is written and flushed.
+    refused unless ``overwrite``; then it is replaced by renaming, after everything is written and flushed. Of a link to
+    a folder, the folder is replaced and the link stays.
     """
-    output = Path(os.path.abspath(Path(output).expanduser()))
+    output = Path(output).expanduser().resolve()
     refuse_existing(output, overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise MergeError(f"the output {output.name!r} cannot be made: a folder above it is a file") from None
     temporary = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
     try:
         temporary.mkdir()
@@ -63,9 +70,15 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
 
 
 def replace_folder(new: Path, output: Path) -> None:
-    """Put ``new`` where ``output`` is. The old folder moves aside first and comes back if the second rename fails."""
+    """Put ``new`` where ``output`` is, in one step where the system can exchange two names (Linux).
+
+    Elsewhere the old folder moves aside first and comes back if the second rename fails.
+    """
     if not output.exists():
         os.rename(new, output)
+        return
+    if exchange(new, output):
+        shutil.rmtree(new, ignore_errors=True)
         return
     aside = output.parent / f".{output.name}.old-{secrets.token_hex(4)}"
     os.rename(output, aside)
@@ -77,10 +90,16 @@ def replace_folder(new: Path, output: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def exchange(a: Path, b: Path) -> bool:
+    """Exchange two names atomically; False where the system or the file system cannot."""
+    current_folder, rename_exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    names = current_folder, os.fsencode(a), current_folder, os.fsencode(b)
+    return renameat2 is not None and renameat2(*names, rename_exchange) == 0
+
+
 def explained(error: OSError, output: Path) -> Exception:
     """One sentence for a full disk; other errors of the system speak for themselves."""
-    import errno
-
     if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         return MergeError(f"no space left while writing {output.name!r} ({error.strerror}); nothing was changed")
     return error
