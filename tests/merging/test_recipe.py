@@ -49,6 +49,7 @@ def test_a_recipe_goes_to_yaml_and_back():
 
 
 LINEAR = {"merge_method": "linear", "models": MODELS}
+SLICE = {"sources": [{"model": "a", "layer_range": [0, 2]}, {"model": "b", "layer_range": [0, 2]}]}
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,15 @@ LINEAR = {"merge_method": "linear", "models": MODELS}
         ({**LINEAR, "compat": "mergekti"}, "compat can be 'mergekit', not 'mergekti'"),
         ({**LINEAR, "experts": {"expert": []}}, "experts: unknown key 'expert'; did you mean 'experts'?"),
         ({**LINEAR, "experts": {"experts": []}}, "experts: 'experts' must list the experts"),
+        ({**LINEAR, "experts": {"experts": [[]]}}, "experts: an expert must be a name, not []"),
+        ({**LINEAR, "experts": {"experts": ["v"], "config": 1}}, "experts: config must be a mapping, not 1"),
+        ({**LINEAR, "models": ["", "b"]}, "model 1 needs 'model'"),
+        ({**LINEAR, "rules": [{"has": ["a"], "keep": "a"}]}, "rule 1: has must be a name, not ['a']"),
+        ({**LINEAR, "rules": [{"method": 1}]}, "rule 1: method must be a name, not 1"),
+        ({"merge_method": "slerp", "slices": [[]]}, "slices: layer stacking is not understood"),
+        ({"merge_method": "slerp", "slices": [{"sources": "ab"}]}, "slices: layer stacking is not understood"),
+        ({"merge_method": "slerp", "slices": [{"sources": [{"layer_range": 4}]}]}, "slices: layer stacking is not"),
+        ({"merge_method": "slerp", "slices": [SLICE], "parameters": 1}, "slices: parameters must be a mapping"),
         (["linear"], "the recipe must be a mapping"),
         ("merge_method: [", "the recipe is not valid YAML"),
         ("nowhere.yaml", "there is no recipe file 'nowhere.yaml'"),
@@ -92,6 +102,12 @@ def test_what_a_recipe_must_not_say(recipe, message):
     with pytest.raises(MergeError) as error:
         Recipe.load(recipe if not isinstance(recipe, str) or "." in recipe else f"{recipe}\n")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipe_file_that_is_no_text(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(MergeError, match=r"the recipe file '.*recipe\.yaml' is not a text in UTF-8"):
+        Recipe.load(tmp_path / "recipe.yaml")
 
 
 def tensors(value, layers=3):

@@ -34,14 +34,24 @@ def translate(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def _join_slices(content: dict[str, Any]) -> None:
     """Layer stacking is refused; one slice in which every source spans the same layers from 0 is the models form."""
     slices = content.pop("slices")
-    sources = slices[0].get("sources") if isinstance(slices, list) and len(slices) == 1 else None
-    spans = {tuple(s.get("layer_range") or ()) for s in sources or ()}
-    span = min(spans, default=())
-    if "models" in content or len(spans) != 1 or len(span) != 2 or span[0] != 0:
+    only = slices[0] if isinstance(slices, list) and len(slices) == 1 else None
+    sources = only.get("sources") if isinstance(only, Mapping) else None
+    spans = (
+        [s.get("layer_range") if isinstance(s, Mapping) else None for s in sources or ()] if _is_list(sources) else []
+    )
+    same = bool(spans) and all(_is_list(span) and list(span) == list(spans[0]) for span in spans)
+    if "models" in content or not same or len(spans[0]) != 2 or spans[0][0] != 0 or not isinstance(spans[0][1], int):
         raise MergeError("slices: layer stacking is not understood; every source must span all layers, in one slice")
-    content["parameters"] = {**(content.get("parameters") or {}), **(slices[0].get("parameters") or {})}
+    given = [p or {} for p in (content.get("parameters"), only.get("parameters"))]
+    if not all(isinstance(p, Mapping) for p in given):
+        raise MergeError("slices: parameters must be a mapping")
+    content["parameters"] = {**given[0], **given[1]}
     content["models"] = [{k: v for k, v in s.items() if k != "layer_range"} for s in sources]
-    content["layers"] = int(span[1])
+    content["layers"] = spans[0][1]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 def _model(entry: Any) -> Any:

@@ -58,13 +58,14 @@ class ExpertLayout:
         layout = _mapping(layout, where, ("experts", "merged", "config"))
         experts: dict[str, str] = {}
         for entry in _list(layout.get("experts"), f"{where}: experts"):
-            named = entry if isinstance(entry, Mapping) else {entry: entry}
+            named = entry if isinstance(entry, Mapping) else {_text(entry, f"{where}: an expert"): entry}
             experts.update((str(alias), str(component)) for alias, component in named.items())
         if not experts:
             raise MergeError(
                 f"{where}: 'experts' must list the experts, as [vision, language] or [vision: v, language: l]"
             )
-        return cls(experts, str(layout.get("merged", "shared") or ""), dict(layout.get("config") or {}))
+        config = _mapping(layout.get("config") or {}, f"{where}: config")
+        return cls(experts, str(layout.get("merged", "shared") or ""), dict(config))
 
     def to_dict(self) -> dict[str, Any]:
         experts = [alias if alias == component else {alias: component} for alias, component in self.experts.items()]
@@ -109,9 +110,11 @@ class Recipe:
         is_text = isinstance(recipe, str) and ("\n" in recipe or ": " in recipe)
         if not is_text and not Path(recipe).expanduser().is_file():
             raise MergeError(f"there is no recipe file {str(recipe)!r}")
-        text = recipe if is_text else Path(recipe).expanduser().read_text(encoding="utf-8")
         try:
+            text = recipe if is_text else Path(recipe).expanduser().read_text(encoding="utf-8")
             content = yaml.safe_load(text)
+        except UnicodeDecodeError:
+            raise MergeError(f"the recipe file {str(recipe)!r} is not a text in UTF-8") from None
         except yaml.YAMLError as error:
             raise MergeError(f"the recipe is not valid YAML: {' '.join(str(error).split())}") from None
         return cls.from_dict(content)
@@ -123,7 +126,7 @@ class Recipe:
         values = dict(_mapping(content, "the recipe", known))
         for key in ("experts_of", "base_model", "statistics", "merge_method", "dtype", "out_dtype", "files_from"):
             if values.get(key) is not None:
-                values[key] = str(values[key])
+                values[key] = str(values[key]) or None
         values["models"] = _members(values.get("models") or ())
         values["rules"] = tuple(_rule(r, f"rule {i}") for i, r in enumerate(_list(values.get("rules"), "rules"), 1))
         values["parameters"] = _parameters(values.get("parameters"), "parameters")
@@ -214,7 +217,7 @@ def _members(models: Any) -> tuple[Member, ...]:
         if isinstance(entry, str | Path):
             entry = {"model": str(entry)}
         entry = _mapping(entry, f"model {i}", ("model", "alias", "parameters", "statistics"))
-        if not isinstance(entry.get("model"), str | Path):
+        if not isinstance(entry.get("model"), str | Path) or entry["model"] == "":
             raise MergeError(f"model {i} needs 'model': a Hub id, folder or file")
         alias = str(entry.get("alias") or Path(str(entry["model"]).partition("@")[0]).name)
         if "alias" not in entry and (alias in RESERVED or any(m.alias == alias for m in members)):
@@ -236,6 +239,9 @@ def _rule(rule: Any, where: str) -> Rule:
         )
         if not rule["members"]:
             raise MergeError(f"{where}: members is empty")
+    for key in ("has", "keep", "method"):
+        if rule.get(key) is not None:
+            _text(rule[key], f"{where}: {key}")
     rule["parameters"] = _parameters(rule.get("parameters"), where)
     if rule.keys() <= {"match", "has", "parameters"} and not rule["parameters"]:
         raise MergeError(f"{where} says what it matches but not what to do (keep, members, method or parameters)")
@@ -251,6 +257,12 @@ def _parameters(values: Any, where: str) -> dict[str, Any]:
             raise MergeError(f"{where}: {own!r} is given twice, once as {name!r}")
         result[own] = value
     return result
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise MergeError(f"{where} must be a name, not {value!r}")
+    return value
 
 
 def _mapping(value: Any, where: str, known: Iterable[str] | None = None) -> Mapping[str, Any]:
