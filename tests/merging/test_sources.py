@@ -319,7 +319,7 @@ def test_no_patch_file_is_written_for_a_container_whose_source_differs(tmp_path)
     start = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {"little_endian": True}]
     parts = [pickle.dumps(part, 2) for part in start]
     (tmp_path / "x.pt").write_bytes(b"".join([*parts, container, pickle.dumps([], 2)]))
-    with pytest.raises(MergeError, match="holds no state dict"):
+    with pytest.raises(MergeError, match=r"x\.pt is no readable checkpoint"):
         open_source(tmp_path / "x.pt")
     assert os.listdir(tmp_path) == ["x.pt"]
 

@@ -98,7 +98,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 def harmless(module: str, name: str) -> Any:
-    """What a name on the list stands for, or None. No file can alter it: the classes are immutable, functions wrapped."""
+    """What a name on the list stands for, or None. No file can alter it: classes are immutable, functions wrapped."""
     if module == "collections" and name == "OrderedDict":
         return OrderedDict
     if module == "_codecs" and name == "encode":
