@@ -184,3 +184,11 @@ def test_what_cannot_be_compared(options, message):
 def test_one_source_is_no_pair():
     with pytest.raises(MergeError, match="at least two sources with different names"):
         distance(["runs/a/model", "runs/b/model"])
+
+
+@pytest.mark.parametrize("metric", list_distances())
+def test_tensors_without_elements_do_not_count(metric):
+    w = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([2.0, 1.0])}
+    full = distance({alias: {"w": value} for alias, value in w.items()}, metric=metric, progress=False).total
+    models = {alias: {"w": value, "none": torch.zeros(0, 3)} for alias, value in w.items()}
+    assert distance(models, metric=metric, progress=False).total == full

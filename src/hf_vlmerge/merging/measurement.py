@@ -137,8 +137,8 @@ def as_recipe(what: Any, base: str | None) -> tuple[Recipe, dict[str, Any]]:
 
 
 def chosen_pairs(group: MergeGroup, pairs: Pairs) -> list[tuple[str, ...]]:
-    """The sets of members that are compared in one group; none in a group that is copied."""
-    if group.method == COPY:
+    """The sets of members that are compared in one group; none in a group that is copied or has no elements."""
+    if group.method == COPY or 0 in group.shape:
         return []
     if pairs == "all":
         return [group.members] if len(group.members) > 1 else []

@@ -49,18 +49,18 @@ class Reader:
             raise MergeError(f"{ref.key} of {label} ({ref.source}) contains {bad}; allow it or mend it")
 
     def spans(self, group: MergeGroup, unit: Unit) -> Iterator[tuple[int, int]]:
-        """Flat (start, stop) of each chunk: a number of whole blocks of the unit."""
+        """Flat (start, stop) of each chunk: a number of whole blocks of the unit. A tensor without elements is one."""
         total, width = prod(group.shape), 1
         if unit == "row":
             width = max(1, shape_for(unit, group.shape)[1])
         block = max(1, BLOCK // width) * width
         step = max(1, total) if unit == "tensor" else max(1, self.chunk_size // block) * block
-        return ((start, min(start + step, total)) for start in range(0, total, step))
+        return ((start, min(start + step, total)) for start in range(0, max(1, total), step))
 
     def chunks(self, group: MergeGroup, unit: Unit) -> Iterator[Chunk]:
         """The group's chunks in flat order, in float32."""
         view = shape_for(unit, group.shape)
-        shape = view if unit == "tensor" else (-1, *view[1:])
+        shape = view if unit == "tensor" or 0 in view else (-1, *view[1:])
         statistics = tuple(None if r is None else self.sources[r.source][r.key] for r in group.statistics)
         weights = torch.tensor(group.weights, dtype=torch.float64)
         for start, stop in self.spans(group, unit):
