@@ -208,3 +208,16 @@ def test_the_engine_and_the_plain_call_agree(name):
     options = {"statistics": [gram, gram]} if method.statistics else {}
     inputs = [tensors["a"]["layer.weight"], tensors["b"]["layer.weight"]]
     assert merged.equal(method(inputs, base=tensors["base"]["layer.weight"], **options))
+
+
+@pytest.mark.parametrize(
+    ("gram", "message"),
+    [
+        (torch.zeros(2, 2), r"member '1' has an all-zero Gram matrix \(2, 2\)"),
+        (torch.full((2, 2), torch.nan), r"member '1' has a NaN or Inf in its Gram matrix \(2, 2\)"),
+        (torch.eye(3), r"member '1' has a Gram matrix \(3, 3\)"),
+    ],
+)
+def test_regmean_refuses_a_gram_that_says_nothing(gram, message):
+    with pytest.raises(MergeError, match=message):
+        get_merge_method("regmean")([torch.eye(2), torch.ones(2, 2)], statistics=[torch.eye(2), gram])

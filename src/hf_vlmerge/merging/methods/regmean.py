@@ -30,12 +30,14 @@ def regmean(*, gamma: float = 0.9, gram: Literal["sum", "mean"] = "sum") -> Call
 
 
 def checked_grams(c: Chunk, gram: str) -> list[Tensor]:
-    """The members' Gram matrices in float64; one that is all zero or of another size is an error."""
+    """The members' Gram matrices in float64; one that is all zero, not finite or of another size is an error."""
     grams = []
     for member, g, tokens in zip(c.members, c.statistics, c.tokens, strict=True):
-        if g.shape != (c.x.shape[2],) * 2 or not g.any():
-            found = f"an all-zero Gram matrix {tuple(g.shape)}" if not g.any() else f"a Gram matrix {tuple(g.shape)}"
-            raise MergeError(f"{c.name} {tuple(c.x.shape[1:])}: member {member!r} has {found}")
+        kind = "an all-zero" if not g.any() else "a" if g.isfinite().all() else "a NaN or Inf in its"
+        if kind != "a" or g.shape != (c.x.shape[2],) * 2:
+            raise MergeError(
+                f"{c.name} {tuple(c.x.shape[1:])}: member {member!r} has {kind} Gram matrix {tuple(g.shape)}"
+            )
         if gram == "mean" and not tokens:
             raise MergeError(f"{c.name}: gram 'mean' needs the token count of member {member!r} in the statistics")
         grams.append(g.double() / (tokens if gram == "mean" else 1))
