@@ -374,3 +374,34 @@ def test_what_should_not_go_unsaid(tmp_path):
     ]
     with pytest.raises(MergeError, match="an output folder is needed"):
         merge(recipe, None)
+
+
+def test_the_name_of_an_input_does_not_stay_in_config_json(folders):
+    for name in ("base", "left"):
+        config = {"model_type": "toy", "_name_or_path": f"/home/someone/{name}"}
+        (folders / name / "config.json").write_text(json.dumps(config))
+    merge(by_name(folders), folders / "out", progress=False)
+    assert json.loads((folders / "out" / "config.json").read_text()) == {"model_type": "toy"}
+
+
+def test_a_link_out_of_a_models_folder_is_not_carried_along(folders):
+    (folders / "key.txt").write_text("private")
+    (folders / "base" / "merges.txt").symlink_to(folders / "key.txt")
+    with pytest.raises(MergeError, match=r"base: merges\.txt is a link that points outside its folder"):
+        merge(by_name(folders), folders / "out", progress=False)
+    assert not (folders / "out").exists()
+    (folders / "base" / "merges.txt").unlink()
+    (folders / "base" / "merges.txt").symlink_to("vocab.txt")
+    merge(by_name(folders), folders / "out", progress=False)
+    assert (folders / "out" / "merges.txt").read_text() == "vocab.txt of base"
+
+
+def test_tensors_without_elements(tmp_path):
+    models = {
+        name: {"w": torch.full((2,), value), "none": torch.zeros(0, 3)} for name, value in (("a", 1.0), ("b", 3.0))
+    }
+    recipe = {"merge_method": "linear", "models": ["a", "b"], "parameters": {"normalize": False}}
+    report = merge(recipe, tmp_path / "out", sources=models, progress=False)
+    assert report.counts == {"merged": 2, "copied": 0, "equal": 0}
+    with open_source(tmp_path / "out") as written:
+        assert written["w"].tolist() == [4.0, 4.0] and written["none"].shape == (0, 3)

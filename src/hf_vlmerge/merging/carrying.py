@@ -25,11 +25,12 @@ def files_source(recipe: Recipe, sources: Sources) -> TensorSource:
 
 
 def merged_config(recipe: Recipe, sources: Sources) -> dict[str, Any] | None:
-    """The carried config.json with the expert layout's changes, and the dtype where the recipe sets one."""
+    """The carried config.json with the expert layout's changes, and the dtype where the recipe sets one. Without
+    ``_name_or_path``: it names an input, often by a path of somebody's machine."""
     config = files_source(recipe, sources).config
     if config is None:
         return None
-    config = dict(config)
+    config = {key: value for key, value in config.items() if key != "_name_or_path"}
     if recipe.experts_of:
         config |= layout_of(recipe, sources["experts"]).config
     if recipe.out_dtype or recipe.dtype:

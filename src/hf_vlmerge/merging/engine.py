@@ -75,12 +75,12 @@ def merge(
         reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed)
         specs = {g.output: Spec(g.dtype, g.shape) for g in sorted(groups, key=lambda g: natural(g.output))}
         with atomic_folder(output, overwrite=overwrite, fsync=fsync) as folder:
+            write_files(folder, report.recipe, report.config, files_source(recipe, opened))
             with SafetensorsSink(folder, specs, max_shard_size=max_shard_size) as sink:
                 for run in runs(groups, reader, progress):
                     sink.write(run.group.output, run.start, run.values)
                     report.how[run.group.output] = run.how
                 report.bytes_written = sink.total
-            write_files(folder, report.recipe, report.config, files_source(recipe, opened))
             verify(folder, specs)
             report.output, report.seconds = Path(output), time.perf_counter() - started
             if finish is not None:
@@ -112,7 +112,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def runs(groups: list[MergeGroup], reader: Reader, progress: bool) -> Iterator[Run]:
-    """Every chunk of every output tensor, group after group. Groups without elements yield nothing."""
+    """Every chunk of every output tensor, group after group."""
     jobs = {g.output: job_of(g) for g in groups if g.method != COPY}
     kin = lambda job: (job.group.method, repr(job.group.parameters))  # noqa: E731
     settle_whole_model(list(jobs.values()), lambda job: reader.chunks(job.group, job.method.unit), kin)

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..errors import MergeError
 from .dtypes import TO_SAFETENSORS
 from .safetensors_file import nbytes
+from .sources import is_inside
 
 CHUNK = 1 << 24  # bytes a write
 
@@ -257,18 +258,21 @@ def save_checkpoint(
         )
     specs = {key: Spec(t.dtype, tuple(t.shape)) for key, t in named.items()}
     with atomic_folder(output, overwrite=overwrite, fsync=fsync) as folder:
-        with SafetensorsSink(folder, specs, max_shard_size=max_shard_size, metadata=metadata) as sink:
-            for key, tensor in named.items():
-                sink.write(key, 0, tensor)
         copy_side_files(folder, side_files or {})
         if config is not None:
             write_json(folder / "config.json", config)
+        with SafetensorsSink(folder, specs, max_shard_size=max_shard_size, metadata=metadata) as sink:
+            for key, tensor in named.items():
+                sink.write(key, 0, tensor)
         if finish is not None:
             finish(folder)
     return Path(output)
 
 
 def copy_side_files(folder: Path, side_files: Mapping[str, Path]) -> None:
+    """Copy ``{name in the folder: path}``. A link out of its folder is refused: what it shows would be published."""
     for name, path in side_files.items():
+        if not is_inside(path.parent, path):
+            raise MergeError(f"{path.parent.name}: {name} is a link that points outside its folder; put the file there")
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)

@@ -239,18 +239,16 @@ def read_index(index: Path, label: str) -> dict[Path, set[str]]:
     except (ValueError, KeyError, AttributeError, TypeError):
         raise MergeError(f"{label}: {index.name} is no index of shards") from None
     for name in shards:
-        if not is_inside(index.parent, name):
+        if Path(name).name != name or not is_inside(index.parent, index.parent / name):
             raise MergeError(f"{label}: {index.name} points outside its folder ({name})")
     return {index.parent / name: keys for name, keys in shards.items()}
 
 
-def is_inside(folder: Path, name: str) -> bool:
-    """Whether a shard lies in the folder; the links of the Hub cache to ``../../blobs`` are the one exception."""
-    if Path(name).name != name or name in ("", ".", ".."):
-        return False
-    real, home = (folder / name).resolve(), folder.resolve()
-    in_cache = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
-    return real.parent == home or in_cache
+def is_inside(folder: Path, path: Path) -> bool:
+    """Whether a file really lies in the folder; the links of the Hub cache to its ``blobs`` are the one exception."""
+    real, home = path.resolve(), folder.resolve()
+    blobs = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
+    return real.is_relative_to(home) or real.parent in blobs
 
 
 def side_files(folder: Path) -> dict[str, Path]:
