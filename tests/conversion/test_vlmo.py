@@ -1,7 +1,10 @@
 """Checkpoints of the released research code and of Microsoft's VLMo, to our layout and back."""
 
 import json
+import os
+import subprocess
 import sys
+import textwrap
 import types
 
 import pytest
@@ -183,6 +186,11 @@ def test_microsofts_naming_goes_there_and_back(tiny_folder, tmp_path):
             r"pooler.dense.bias has shape \(9,\).* need \(8,\)",
         ),
         (lambda s: s.pop("relative_position_index"), "--num-text-positions"),
+        (lambda s: [s.pop(k) for k in list(s) if ".mlp." in k], "not a VLMo checkpoint: .*mlp.fc1.weight' is missing"),
+        (
+            lambda s: s.update({"relative_position_bias_table": torch.zeros(9)}),
+            r"'relative_position_bias_table' has shape \(9,\), not 2 axes",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_with_the_key(change, message, tiny_folder, tmp_path):
@@ -223,3 +231,29 @@ def test_a_malicious_checkpoint_is_refused_and_nothing_in_it_runs(tmp_path):
         convert_to_hf(tmp_path / "bad.ckpt", tmp_path / "out")
     assert not witness.exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_the_way_back_makes_its_folder(tiny_folder, tmp_path):
+    folder, _ = tiny_folder([])
+    convert_to_original(folder, tmp_path / "new/deeper/x.ckpt")
+    assert os.listdir(tmp_path / "new/deeper") == ["x.ckpt"]
+
+
+FULL_DISK = """
+    import resource, sys
+    from hf_vlmerge.conversion.vlmo import convert_to_original
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # as if the disk ended there
+    try:
+        convert_to_original(sys.argv[1], sys.argv[2], overwrite=True)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_no_space_left_on_the_way_back(tiny_folder, tmp_path):
+    folder, _ = tiny_folder([])
+    (tmp_path / "x.ckpt").write_text("old")
+    command = [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(folder), str(tmp_path / "x.ckpt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("no space left while writing 'x.ckpt'") and done.stdout.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["ours", "x.ckpt"] and (tmp_path / "x.ckpt").read_text() == "old"

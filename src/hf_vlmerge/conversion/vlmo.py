@@ -202,9 +202,11 @@ def infer_config(
 ) -> VlmoConfig:
     """Sizes from shapes, architecture from names; what neither tells is taken from the arguments and noted."""
 
-    def shape(key: str) -> tuple[int, ...]:
+    def shape(key: str, axes: int) -> tuple[int, ...]:
         if key not in shapes:
             raise ValueError(f"this is not a VLMo checkpoint: {key!r} is missing.")
+        if len(shapes[key]) != axes:
+            raise ValueError(f"this is not a VLMo checkpoint: {key!r} has shape {tuple(shapes[key])}, not {axes} axes.")
         return tuple(shapes[key])
 
     def layers_with(pattern: str) -> list[int]:
@@ -214,16 +216,16 @@ def infer_config(
     def copies(module: str, expert: str) -> str:
         return re.escape(f"{module}{naming.separator}{naming.experts[expert]}.")
 
-    vocab_size, hidden_size = shape("text_embeddings.word_embeddings.weight")
-    _, num_channels, patch_size, _ = shape("transformer.patch_embed.proj.weight")
+    vocab_size, hidden_size = shape("text_embeddings.word_embeddings.weight", 2)
+    _, num_channels, patch_size, _ = shape("transformer.patch_embed.proj.weight", 4)
     num_layers = len(layers_with(""))
     if num_layers == 0:
         raise ValueError("this is not a VLMo checkpoint: it has no 'transformer.blocks.*'.")
-    rows, columns = shape("relative_position_bias_table")
+    rows, columns = shape("relative_position_bias_table", 2)
     if columns % num_layers:
         raise ValueError(f"the position table has {columns} columns, which is no multiple of {num_layers} layers.")
     grid, num_text_positions = infer_grid(shapes, rows, num_text_positions, notes)
-    fc1 = next(tuple(size) for key, size in shapes.items() if re.search(r"\.mlp.*fc1\.weight$", key))
+    fc1 = next((key for key in shapes if re.search(r"\.mlp.*fc1\.weight$", key)), "transformer.blocks.0.mlp.fc1.weight")
 
     custom = {module: bool(layers_with(copies(module, "vision"))) for module in ("attn", "mlp", "norm1", "norm2")}
     has = {"attention": custom["attn"], "ffn": custom["mlp"], "layer_norm": custom["norm1"] and custom["norm2"]}
@@ -238,7 +240,7 @@ def infer_config(
         hidden_size=hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=columns // num_layers,
-        intermediate_size=fc1[0],
+        intermediate_size=shape(fc1, 2)[0],
         image_size=grid * patch_size,
         patch_size=patch_size,
         num_channels=num_channels,
@@ -246,7 +248,7 @@ def infer_config(
         num_text_positions=num_text_positions,
         num_fusion_layers=num_fusion_layers,
         expert_modules=[name for name in EXPERT_MODULES if has[name]],
-        num_modality_types=shape("token_type_embeddings.weight")[0],
+        num_modality_types=shape("token_type_embeddings.weight", 2)[0],
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from hf_vlmerge.merging.tensors import save_checkpoint
+from hf_vlmerge.merging.tensors.sinks import explained
 from hf_vlmerge.models.vlmo import modeling_vlmo
 from hf_vlmerge.models.vlmo.configuration_vlmo import VlmoConfig
 from hf_vlmerge.models.vlmo.image_processing_vlmo import VlmoImageProcessor
@@ -83,13 +84,19 @@ def make_processor(config: VlmoConfig, tokenizer: str | None) -> VlmoProcessor |
 
 def write_torch(output: str | Path, content: dict, *, overwrite: bool = False) -> Path:
     """`torch.save` to a temporary sibling, then rename: the file is there whole or not at all."""
-    output = Path(output)
+    output = Path(output).expanduser()
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists; choose another name or say --overwrite.")
+    output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.partial")
     try:
-        torch.save(content, temporary)
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
         os.replace(temporary, output)
+    except RuntimeError as error:  # torch's writer hides what the system said
+        if isinstance(error.__context__, OSError):
+            raise explained(error.__context__, output) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return output
