@@ -54,14 +54,15 @@ def add_remote_code(folder: "Path | str") -> None:
     Make a folder of one of our models load with `trust_remote_code=True` where this package is not installed.
 
     Copies the family's source files into it and names the classes in the `auto_map` of config.json and of the
-    processor's files. A folder of another model is left as it is.
+    processor's files. A folder of another model, or of weights alone, is left as it is.
     """
     import json
     import shutil
     from pathlib import Path
 
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         return

@@ -1,9 +1,11 @@
 """The `hf-vlmerge` command: quick help, runnable examples, one sentence an error, JSON where output is data."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,3 +220,70 @@ def test_convert_goes_from_a_checkpoint_to_a_folder_and_back(specific, tmp_path,
 def test_convert_seed_refuses_a_model_with_experts(specific, tmp_path, capsys):
     assert main(["convert", "seed", specific, str(tmp_path / "out")]) == 1
     assert "must be modality-agnostic" in errors_of(capsys)
+
+
+BAD_INPUT = {
+    "unknown method": ({"merge_method": "liner"}, "did you mean 'linear'?"),
+    "unknown parameter": ({"parameters": {"normalise": True}}, "did you mean 'normalize'?"),
+    "missing base": ({"merge_method": "task_arithmetic"}, "task_arithmetic needs a base"),
+    "missing statistics": ({"merge_method": "regmean"}, "regmean needs statistics"),
+    "shapes": ({"models": ["a", "wide"]}, "w: shapes differ, (2, 2) in 'a' and (2, 3) in 'wide'"),
+    "missing key": ({"models": ["a", "less"]}, "'less' lacks the tensor w"),
+    "truncated": ({"models": ["a", "cut"]}, "model.safetensors is truncated"),
+    "index": ({"models": ["a", "index"]}, "points outside its folder"),
+    "no such model": ({"models": ["a", "./gone"]}, "'./gone' is neither a file or folder here nor a Hub id"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_sentence_and_leaves_nothing(case, tmp_path, monkeypatch, capsys):
+    from hf_vlmerge.merging import save_checkpoint
+
+    monkeypatch.chdir(tmp_path)
+    for name, width in (("a", 2), ("b", 2), ("wide", 3), ("cut", 2)):
+        save_checkpoint(name, {"v": torch.ones(2), "w": torch.ones(2, width)})
+    save_checkpoint("less", {"v": torch.ones(2)})
+    file = tmp_path / "cut/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    (tmp_path / "index").mkdir()
+    index = {"weight_map": {"w": "../a/model.safetensors"}}
+    (tmp_path / "index/model.safetensors.index.json").write_text(json.dumps(index))
+    changes, said = BAD_INPUT[case]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": ["a", "b"]} | changes))
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["merge", "r.yaml", "out"]) == 1
+    error = errors_of(capsys)
+    assert said in error and error.startswith("hf-vlmerge: ") and len(error.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_weights_without_a_config_are_merged(tmp_path, capsys):
+    from hf_vlmerge.merging import open_source, save_checkpoint
+
+    for name, value in (("a", 1.0), ("b", 3.0)):
+        save_checkpoint(tmp_path / name, {"w": torch.full((2,), value)})
+    models = [str(tmp_path / name / "model.safetensors") for name in "ab"]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    assert main(["merge", str(tmp_path / "r.yaml"), str(tmp_path / "out")]) == 0
+    assert open_source(tmp_path / "out")["w"].tolist() == [2.0, 2.0]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.safetensors", "README.md", "recipe.yaml"}
+
+
+def test_an_error_cannot_steer_the_terminal(tmp_path, capsys):
+    assert main(["merge", "no\x1b[2Jsuch.yaml", "out"]) == 1
+    assert capsys.readouterr().err == "hf-vlmerge: the recipe no?[2Jsuch.yaml is not a file.\n"
+
+
+def test_statistics_need_a_processor_and_name_no_path(specific, tmp_path, capsys):
+
+    from hf_vlmerge.merging import open_source
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(Path(specific) / name, bare / name)
+    command = ["--data", "shapes", "--samples", "2"]
+    assert main(["statistics", str(bare), str(tmp_path / "g.safetensors"), *command]) == 1
+    assert "bare has no processor with its tokenizer beside the weights" in errors_of(capsys)
+    assert main(["statistics", specific, str(tmp_path / "g.safetensors"), *command]) == 0
+    assert open_source(tmp_path / "g.safetensors").metadata["source"] == '"specific"'

@@ -81,7 +81,7 @@ MERGE_AGAIN = """
     try:
         open_source("org/other")
     except MergeError as error:
-        assert str(error) == "org/other is not in the local cache, and the Hub cannot be reached"
+        assert str(error) == "'org/other' is no folder here and not in the local cache, and the Hub cannot be reached"
     print(json.dumps(merge_tensors(sys.argv[1])["layers.0.w"].tolist()))
 """
 

@@ -90,6 +90,6 @@ def run(arguments: list[str] | None = None) -> int:
 def sentence(error: Exception) -> str:
     """What the user reads of an error: its message; the kind of error too where it is none that we foresaw."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    message = " ".join(str(text).split())
+    message = "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))  # no codes for the terminal
     foreseen = isinstance(error, (ValueError, OSError, KeyError, ImportError))
     return message if foreseen and message else f"{type(error).__name__}: {message} (--debug shows where)"

@@ -49,7 +49,7 @@ def statistics(
         modules=modules or "*",
         padding=padding,
         image_tokens=config.grid_size**2 + 1 if hasattr(config, "grid_size") else None,
-        metadata={"source": Path(model).name if Path(model).exists() else model, "data": Path(data).name},
+        metadata={"source": public_name(model), "data": public_name(data)},
     )
     grams.save(out, dtype=torch.float64 if float64 else torch.float32)
     if as_json:
@@ -71,7 +71,17 @@ def load(model: str):
         raise ValueError(
             f"the config.json of {model} names the architecture {name!r}, which is not a known model class."
         )
-    return network.from_pretrained(model), transformers.AutoProcessor.from_pretrained(model)
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(f"{model} has no processor with its tokenizer beside the weights ({reason}).") from error
+    return network.from_pretrained(model), processor
+
+
+def public_name(reference: str) -> str:
+    """A Hub id as it is; of a path its last part only, since statistics may be published."""
+    return Path(reference).resolve().name if Path(reference).exists() else reference
 
 
 def open_rows(data: str, split: str, samples: int, image_column: str, text_column: str) -> list[dict]:

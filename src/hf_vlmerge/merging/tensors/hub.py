@@ -52,7 +52,9 @@ def fetch(ref: str) -> Snapshot:
             f"{repo!r} is neither a folder here nor a model on the Hub (or it is private: log in)"
         ) from None
     except errors.LocalEntryNotFoundError:
-        raise MergeError(f"{ref} is not in the local cache, and the Hub cannot be reached") from None
+        raise MergeError(
+            f"{ref!r} is no folder here and not in the local cache, and the Hub cannot be reached"
+        ) from None
     except (errors.HTTPError, OSError, ValueError) as error:
         raise MergeError(f"{ref} could not be fetched from the Hub: {str(error).splitlines()[0]}") from error
 
