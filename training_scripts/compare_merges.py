@@ -2,7 +2,7 @@
 
 Gives   five models in OUTPUT (modality-agnostic, modality-specific from scratch and its merge, modality-specific from a
         seed and its merge), their scores before and after fine-tuning, the distances between the experts of both
-        modality-specific models; results.json, a Markdown table and a plot.
+        modality-specific models; results.json, results.md, and plot.png where retrieval is a task.
 Costs   under 40 minutes on two CPU cores with the settings files here.
 Run     python training_scripts/compare_merges.py training_scripts/settings/emoji_captions.yaml DATA runs/emoji
 
@@ -18,11 +18,14 @@ import yaml
 from finetune_vlmo import finetune, measure_retrieval
 from pretrain_vlmo import ALL_EXPERTS, Experiment, pretrain
 
+from hf_vlmerge.evaluation.plots import plot_merge_comparison
+from hf_vlmerge.evaluation.tables import markdown
 from hf_vlmerge.hub.card import write_merge_card
 from hf_vlmerge.merging import distance, merge
-from hf_vlmerge.models.vlmo.modeling_vlmo import VlmoForImageAndTextRetrieval
+from hf_vlmerge.models.vlmo.modeling_vlmo import VlmoForImageAndTextRetrieval, VlmoForPreTraining
 
 METRICS = ("l2", "cosine", "ssd", "tssd")
+MERGES = {"naive_merge": "specific", "seeded_merge": "seeded_specific"}
 NAMES = {
     "agnostic": "modality-agnostic",
     "specific": "modality-specific, from scratch",
@@ -48,8 +51,6 @@ def train_arms(experiment: Experiment, output: Path, seed: int) -> None:
     arm("agnostic", [], steps)
     arm("specific", ALL_EXPERTS, steps)
     arm("seed", [], seed_steps)
-    from hf_vlmerge.models.vlmo.modeling_vlmo import VlmoForPreTraining
-
     start = VlmoForPreTraining.from_pretrained(output / "seed").state_dict()
     arm("seeded_specific", ALL_EXPERTS, steps - seed_steps, start)
 
@@ -57,7 +58,7 @@ def train_arms(experiment: Experiment, output: Path, seed: int) -> None:
 def merge_arms(experiment: Experiment, output: Path) -> dict[str, dict[str, float]]:
     """Merges both modality-specific models by the settings' recipe; distances of their experts by arm and metric."""
     distances = {}
-    for arm, merged in (("specific", "naive_merge"), ("seeded_specific", "seeded_merge")):
+    for merged, arm in MERGES.items():
         recipe = {"experts_of": str(output / arm), **experiment.settings["merge"]}
         distances[merged] = {
             metric: distance(str(output / arm), metric=metric, pairs="all", progress=False).total for metric in METRICS
@@ -67,18 +68,35 @@ def merge_arms(experiment: Experiment, output: Path) -> dict[str, dict[str, floa
 
 
 def table(results: dict) -> str:
-    """Markdown: a row a model, a column a score, percent with the standard error where there is one."""
+    """Scores of every model, in percent; distances of the experts that were merged."""
     columns = list(next(iter(results["scores"].values())))
-    lines = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    for arm, scores in results["scores"].items():
-        lines.append(f"| {NAMES[arm]} | " + " | ".join(scores[column] for column in columns) + " |")
-    return "\n".join(lines)
+    rows = [[NAMES[arm], *(scores[column] for column in columns)] for arm, scores in results["scores"].items()]
+    far = [
+        [NAMES[MERGES[merged]], NAMES[merged], *(f"{values[metric]['vision-language']:.3g}" for metric in METRICS)]
+        for merged, values in results["distances"].items()
+    ]
+    distances = markdown(["experts of", "become", *METRICS], far)
+    return "\n".join([*markdown(["model", *columns], rows), "", *distances])
+
+
+def draw(results: dict, path: Path) -> None:
+    """Bars of retrieval before and after fine-tuning, and the distances."""
+    arms = {
+        arm: tuple([raw[f"retrieval, {when}"]["mean"]] for when in ("before", "fine-tuned"))
+        for arm, raw in ((arm.replace("_", " "), results["raw"][arm]) for arm in NAMES)
+    }
+    distances = {
+        merged.split("_")[0]: {metric: values[metric]["vision-language"] for metric in METRICS}
+        for merged, values in results["distances"].items()
+    }
+    plot_merge_comparison(arms, distances, path)
 
 
 def shown(scores: dict[str, float]) -> str:
     if "accuracy" in scores:
         return f"{100 * scores['accuracy']:.1f} ± {100 * scores['standard_error']:.1f}"
-    return f"{100 * scores['mean']:.1f} (TR@1 {100 * scores['tr_r1']:.1f}, IR@1 {100 * scores['ir_r1']:.1f})"
+    names = {"mean": "mean", "tr_r1": "TR@1", "ir_r1": "IR@1", "all_r1": "TR@1 of all"}
+    return ", ".join(f"{label} {100 * scores[name]:.1f}" for name, label in names.items())
 
 
 def main() -> None:
@@ -106,9 +124,11 @@ def main() -> None:
         print(yaml.safe_dump({arm: results["scores"][arm]}), flush=True)
     results["minutes"] = (time.perf_counter() - started) / 60
     (arguments.output / "results.json").write_text(json.dumps(results, indent=2))
-    (arguments.output / "results.md").write_text(table(results) + "\n")
-    print(table(results))
-    print(json.dumps(distances, indent=2))
+    text = table(results)
+    (arguments.output / "results.md").write_text(f"{text}\n")
+    if "retrieval" in experiment.settings["tasks"]:
+        draw(results, arguments.output / "plot.png")
+    print(text)
     print(f"{results['minutes']:.1f} minutes")
 
 

@@ -11,29 +11,45 @@ are questions (lists of questions and answers a row) or a true-or-false sentence
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from pretrain_vlmo import Experiment
 
 from hf_vlmerge.data.collators import VlmoQuestionAnsweringCollator, VlmoRetrievalCollator, scaled
 from hf_vlmerge.evaluation.classification import evaluate_answers
-from hf_vlmerge.evaluation.retrieval import evaluate_retrieval
+from hf_vlmerge.evaluation.retrieval import embed_all, evaluate_retrieval
 from hf_vlmerge.models.vlmo.modeling_vlmo import VlmoForImageAndTextRetrieval, VlmoForQuestionAnswering
 from hf_vlmerge.training.stages import Stage
 
 
 def measure_retrieval(experiment: Experiment, model, text_column: str) -> dict[str, float]:
-    """Recall over the validation images and one text of each (the first of a list); equal texts count once."""
-    tokenizer, rows = experiment.tokenizer, experiment.validation
-    texts = [row[text_column] if isinstance(row[text_column], str) else row[text_column][0] for row in rows]
-    first = {text: i for i, text in reversed(list(enumerate(texts)))}
-    kept = sorted(first.values())  # an image whose text came before is left out
-    pixels = scaled(torch.stack([rows[i]["pixel_values"] for i in kept]))
+    """
+    Recall over the validation images and one text of each (the first of a list); equal texts count once.
+
+    `all_r1` ... `all_r10` are text retrieval among the training texts as well: the right name of thousands.
+    """
+    first = lambda row: row[text_column] if isinstance(row[text_column], str) else row[text_column][0]  # noqa: E731
+    texts = {first(row): row["pixel_values"] for row in reversed(experiment.validation)}
+    everything = [*texts, *sorted({first(row) for row in experiment.train} - texts.keys())]
+    pixels = scaled(torch.stack(list(texts.values())))
     length = experiment.settings["model"]["max_text_length"]
-    encoded = tokenizer([texts[i] for i in kept], padding=True, truncation=True, max_length=length, return_tensors="pt")
+    encoded = experiment.tokenizer(everything, padding=True, truncation=True, max_length=length, return_tensors="pt")
     inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-    return evaluate_retrieval(model, pixels, inputs) | {"candidates": len(kept)}
+    scores = evaluate_retrieval(model, pixels, {name: tensor[: len(texts)] for name, tensor in inputs.items()})
+    embeds = [
+        embed_all(model.eval(), kind, items, None, 256, False) for kind, items in (("images", pixels), ("text", inputs))
+    ]
+    similarity = (embeds[0] @ embeds[1].t()).numpy()
+    return scores | {f"all_r{k}": share_in_top(similarity, range(len(texts)), k) for k in (1, 5, 10)}
+
+
+def share_in_top(similarity: np.ndarray, truth: Sequence[int], k: int) -> float:
+    """Share of rows in which fewer than k entries are above the entry at `truth`: (rows, candidates), (rows,)"""
+    own = similarity[np.arange(len(similarity)), list(truth)]
+    return float(((similarity > own[:, None]).sum(1) < k).mean())
 
 
 def answer_examples(rows: list[dict], task: dict, answers: list[str]) -> list[dict]:

@@ -176,36 +176,22 @@ def pretrain(material: Material, start: Path, folder: Path, first: int, save_at:
 
 
 def train(material: Material, model, collator, name: str, folder: Path, span: tuple[int, int], **schedule) -> None:
-    """One run of the Trainer over the scenes of steps span[0] to span[1]-1, in order."""
+    """One stage over the scenes of steps span[0] to span[1]-1, in order."""
     from torch.utils.data import Subset
-    from transformers.trainer_callback import PrinterCallback
 
-    from hf_vlmerge.training.arguments import VlmergeTrainingArguments
-    from hf_vlmerge.training.progress import ProgressBar
-    from hf_vlmerge.training.trainer import VlmergeTrainer
+    from hf_vlmerge.training.stages import Stage
 
     batch_size = material.settings["training"]["batch_size"]
-    arguments = VlmergeTrainingArguments(
-        output_dir=str(folder),
-        max_steps=span[1] - span[0],
-        per_device_train_batch_size=batch_size,
-        train_sampling_strategy="sequential",
+    stage = Stage(
+        steps=span[1] - span[0],
+        batch_size=batch_size,
+        learning_rate=schedule.pop("learning_rate"),
+        warmup_steps=schedule.pop("warmup_steps"),
         seed=material.seed,
-        use_cpu=True,
-        disable_tqdm=True,
-        logging_steps=10,
-        **({"save_strategy": "no"} | schedule),
     )
-    trainer = VlmergeTrainer(
-        model=model,
-        args=arguments,
-        data_collator=collator,
-        train_dataset=Subset(material.scenes, range(span[0] * batch_size, span[1] * batch_size)),
-        processing_class=material.processor,
-        callbacks=[ProgressBar(f"seed {material.seed}, {name}")],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    scenes = Subset(material.scenes, range(span[0] * batch_size, span[1] * batch_size))
+    description = f"seed {material.seed}, {name}"
+    stage.train(model, scenes, collator, description, folder, train_sampling_strategy="sequential", **schedule)
 
 
 def merge_folder(material: Material, source: Path, output: Path) -> None:
@@ -327,6 +313,8 @@ def mean_distances(runs: list[dict]) -> dict[str, dict[str, float]]:
 
 def table(runs: list[dict]) -> str:
     """Results and distances as Markdown."""
+    from hf_vlmerge.evaluation.tables import markdown
+
     rows = summary(runs)
     head = ["arm", *next(iter(rows.values()))]
     body = [[name, *row.values()] for name, row in rows.items()]
@@ -344,12 +332,6 @@ def table(runs: list[dict]) -> str:
         f"a model that knows every fact reaches {100 * ceiling:.1f}), and distances of vision and language experts:"
     )
     return "\n".join([title, "", *lines])
-
-
-def markdown(head: list[str], body: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    line = lambda row: "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"  # noqa: E731
-    return [line(head), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, body)]
 
 
 def load_back(out: Path) -> str:

@@ -1,19 +1,22 @@
-"""One stage of training, from arguments that fit on a line of YAML."""
+"""One stage of training: a few numbers that fit on a line of YAML, run by the Trainer under one progress bar."""
 
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from transformers.trainer_callback import PrinterCallback
 
 from hf_vlmerge.training.arguments import VlmergeTrainingArguments
+from hf_vlmerge.training.progress import ProgressBar
 from hf_vlmerge.training.trainer import VlmergeTrainer
 
 
 @dataclass(frozen=True)
 class Stage:
     """
-    What the stages of an experiment have in common: steps of AdamW with linear warm-up and decay.
+    Steps of AdamW with linear warm-up and decay.
 
     Args:
         steps, batch_size, learning_rate, warmup_steps, weight_decay: as they say.
@@ -29,29 +32,49 @@ class Stage:
     head_learning_rate_factor: float = 1.0
     seed: int = 0
 
-    def train(self, model: torch.nn.Module, examples, collator: Callable, description: str = "") -> dict[str, float]:
-        """Trains the model in place and returns the last logged losses."""
-        with tempfile.TemporaryDirectory() as folder:  # the Trainer wants a place; nothing is saved there
-            arguments = VlmergeTrainingArguments(
-                output_dir=folder,
-                max_steps=self.steps,
-                per_device_train_batch_size=self.batch_size,
-                learning_rate=self.learning_rate,
-                warmup_steps=self.warmup_steps,
-                weight_decay=self.weight_decay,
-                head_learning_rate_factor=self.head_learning_rate_factor,
-                seed=self.seed,
-                optim="adamw_torch_fused",
-                lr_scheduler_type="linear",
-                logging_steps=max(1, self.steps // 10),
-                save_strategy="no",
-                dataloader_drop_last=True,
-                dataloader_pin_memory=False,
-                use_cpu=not torch.cuda.is_available(),
+    def train(
+        self,
+        model: torch.nn.Module,
+        examples,
+        collator: Callable,
+        description: str,
+        output: str | Path | None = None,
+        **arguments,
+    ) -> dict[str, float]:
+        """
+        Trains the model in place and returns the losses of the last log line.
+
+        Args:
+            description: stands beside the progress bar.
+            output: where checkpoints go, if `arguments` (more `TrainingArguments`) ask for any.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = VlmergeTrainer(
+                model=model,
+                args=self.training_arguments(str(output or scratch), arguments),
+                train_dataset=examples,
+                data_collator=collator,
+                callbacks=[ProgressBar(description)],
             )
-            if description:
-                print(description, flush=True)
-            trainer = VlmergeTrainer(model=model, args=arguments, train_dataset=examples, data_collator=collator)
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
         lines = [line for line in trainer.state.log_history if "loss" in line]
         return {name: value for name, value in lines[-1].items() if name.endswith("loss")}
+
+    def training_arguments(self, output: str, more: dict) -> VlmergeTrainingArguments:
+        own = {
+            "output_dir": output,
+            "max_steps": self.steps,
+            "per_device_train_batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+            "warmup_steps": self.warmup_steps,
+            "weight_decay": self.weight_decay,
+            "head_learning_rate_factor": self.head_learning_rate_factor,
+            "seed": self.seed,
+            "logging_steps": min(10, self.steps),
+            "save_strategy": "no",
+            "dataloader_drop_last": True,
+            "disable_tqdm": True,
+            "use_cpu": not torch.cuda.is_available(),
+        }
+        return VlmergeTrainingArguments(**own | more)
