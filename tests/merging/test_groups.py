@@ -209,6 +209,13 @@ def test_values_that_are_not_finite_are_refused_unless_allowed(value):
         merge_tensors({**LINEAR, "rules": [{"keep": "b"}]}, sources)
 
 
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float64, 1e300), (torch.float8_e4m3fn, 1.5)])
+def test_values_that_float32_does_not_hold_are_copied_as_they_are(dtype, value):
+    w = torch.tensor([value], dtype=dtype)
+    merged = merge_tensors({"merge_method": "linear", "models": ["a", "b"]}, {"a": {"w": w}, "b": {"w": w.clone()}})
+    assert merged["w"].dtype == dtype and merged["w"].view(torch.uint8).equal(w.view(torch.uint8))
+
+
 def test_a_chunk_size_must_be_positive():
     with pytest.raises(MergeError, match="chunk_size must be positive, not 0"):
         merge_tensors(LINEAR, TWO, chunk_size=0)

@@ -24,7 +24,7 @@ from .recipe import Recipe
 from .registry import get_merge_method
 from .report import MergeReport, describe
 from .streaming import CHUNK_SIZE, Job, Reader, settle_whole_model
-from .tensors.dtypes import dtype_name
+from .tensors.dtypes import all_finite, dtype_name
 from .tensors.sinks import SafetensorsSink, Spec, atomic_folder
 
 
@@ -157,6 +157,6 @@ def merged(job: Job, reader: Reader) -> Iterator[tuple[int, Tensor]]:
 def rounded(values: Tensor, group: MergeGroup, reader: Reader) -> Tensor:
     """The one rounding, to the output dtype."""
     result = values.to(group.dtype)
-    if reader.allow_nonfinite or not group.dtype.is_floating_point or result.float().isfinite().all():
+    if reader.allow_nonfinite or not group.dtype.is_floating_point or all_finite(result):
         return result
     raise MergeError(f"{group.output}: values up to {values.abs().max():.4g} do not fit into {dtype_name(group.dtype)}")

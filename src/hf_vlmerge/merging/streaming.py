@@ -12,7 +12,7 @@ from .errors import MergeError
 from .groups import MergeGroup, Ref, Sources
 from .program import BLOCK, Chunk, Step, Unit, WholeModel, begin, blocks, resume, shape_for
 from .registry import Method
-from .tensors.dtypes import is_mergeable
+from .tensors.dtypes import all_finite, is_mergeable
 
 CHUNK_SIZE = 1 << 20  # elements of one member
 
@@ -34,7 +34,7 @@ class Reader:
         """A run of one input in its own dtype."""
         values = self.sources[ref.source].read(ref.key, start, stop)
         if is_mergeable(values.dtype):
-            self.check(ref, values.to(torch.float32))
+            self.check(ref, values)
         return values
 
     def floats(self, ref: Ref, start: int, stop: int) -> Tensor:
@@ -44,8 +44,8 @@ class Reader:
         return values
 
     def check(self, ref: Ref, values: Tensor) -> None:
-        if not self.allow_nonfinite and not values.isfinite().all():
-            bad, label = "NaN" if values.isnan().any() else "Inf", self.sources[ref.source].label
+        if not self.allow_nonfinite and not all_finite(values):
+            bad, label = "NaN" if values.float().isnan().any() else "Inf", self.sources[ref.source].label
             raise MergeError(f"{ref.key} of {label} ({ref.source}) contains {bad}; allow it or mend it")
 
     def spans(self, group: MergeGroup, unit: Unit) -> Iterator[tuple[int, int]]:

@@ -49,3 +49,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 def is_mergeable(dtype: torch.dtype) -> bool:
     """Floating numbers that torch can compute with; integers, booleans and packed formats are only copied."""
     return dtype.is_floating_point and dtype not in (SAFETENSORS.get("F4"), SAFETENSORS.get("F8_E8M0"))
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or Inf, each in its own precision (for 8-bit floats torch does not say)."""
+    return bool((values if values.dtype.itemsize > 1 else values.float()).isfinite().all())
