@@ -105,13 +105,15 @@ def test_what_the_hub_does_not_give(hub, tmp_path):
     missing, revision, failing = run(hub, tmp_path, OPEN, "org/nothing", "org/left@v9", "org/right")
     assert missing == "'org/nothing' is neither a folder here nor a model on the Hub (or it is private: log in)"
     assert revision == "org/left has no revision 'v9'"
-    assert failing.startswith("org/right could not be fetched from the Hub: ") and "503" in failing
+    assert (
+        failing.startswith("'org/right' is no folder here and could not be fetched from the Hub: ") and "503" in failing
+    )
     assert hub.failures["org/right"] <= 47  # it was tried three times
 
 
 def test_a_hub_that_is_away(hub, tmp_path):
     (away,) = run(hub, tmp_path, OPEN, "org/left", HF_ENDPOINT="http://127.0.0.1:9")
-    assert away.startswith("org/left could not be fetched from the Hub") and "\n" not in away
+    assert away.startswith("'org/left' is no folder here and could not be fetched from the Hub") and "\n" not in away
 
 
 def test_which_references_are_hub_ids():

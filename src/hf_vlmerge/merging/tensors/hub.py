@@ -56,7 +56,8 @@ def fetch(ref: str) -> Snapshot:
             f"{ref!r} is no folder here and not in the local cache, and the Hub cannot be reached"
         ) from None
     except (errors.HTTPError, OSError, ValueError) as error:
-        raise MergeError(f"{ref} could not be fetched from the Hub: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise MergeError(f"{ref!r} is no folder here and could not be fetched from the Hub: {reason}") from error
 
 
 def cached(repo: str, revision: str | None) -> Path:
