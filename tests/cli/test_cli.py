@@ -1,6 +1,7 @@
 """The `hf-vlmerge` command: quick help, runnable examples, one sentence an error, JSON where output is data."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from hf_vlmerge.cli import main
+from hf_vlmerge.cli.demo import ARMS
 
 COMMANDS = [["demo"], ["merge"], ["distance"], ["statistics"], ["methods"], ["convert", "vlmo"], ["convert", "beit"]]
 COMMANDS.append(["convert", "seed"])
@@ -76,6 +78,8 @@ def test_every_command_has_an_example_that_parses(command, capsys):
     assert words[: len(command)] == command
     options = [word for word in words if word.startswith("--")]
     assert all(option in text for option in options)
+    made = [word for word in words if word.startswith("demo_out/")]  # by the demo, in its default folder
+    assert all(re.fullmatch(r"demo_out/runs/seed_0/(\w+)", word)[1] in ARMS for word in made)
 
 
 def test_methods_lists_all_methods_with_papers_and_parameters(capsys):

@@ -26,7 +26,7 @@ def distance(
     """Distances between experts of one checkpoint or between several checkpoints, a layer and in total.
 
     \b
-    Example: hf-vlmerge distance demo_out/seeded --metric tssd --keep-fraction 0.2
+    Example: hf-vlmerge distance demo_out/runs/seed_0/seeded --metric tssd
     """
     from hf_vlmerge.merging import distance as run
 

@@ -32,7 +32,7 @@ def statistics(
     question-answering model a joint pass, a pre-training model all three.
 
     \b
-    Example: hf-vlmerge statistics demo_out/seeded grams.safetensors --data shapes --samples 64
+    Example: hf-vlmerge statistics demo_out/runs/seed_0/seeded grams.safetensors --data shapes
     """
     if padding not in ("include", "exclude"):
         raise typer.BadParameter(f"--padding is {padding!r}; expected include or exclude.")
