@@ -140,7 +140,7 @@ TWO = {"a": ones("w", "x"), "b": ones("w", "x")}
         (
             {**LINEAR, "models": ["a", "b", "c"], "merge_method": "slerp"},
             {**TWO, "c": ones("w", "x")},
-            "w: slerp merges exactly 2",
+            "w: slerp takes exactly 2",
         ),
         ({**LINEAR, "parameters": {"weights": {"a": 1, "c": 2}}}, TWO, "weights: no member is called 'c'"),
         (LINEAR, {n: {"w": torch.ones(2, dtype=torch.complex64)} for n in "ab"}, "w: complex64 cannot be averaged"),

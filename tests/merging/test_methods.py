@@ -93,7 +93,9 @@ def test_slerp_keeps_to_the_great_circle_and_turns_linear_when_nearly_parallel()
     close(slerp([x, 3 * x], ratio=0.25), [3.0, 0.0])
     close(slerp([x, -x], ratio=0.25), [1.0, 0.0])
     close(slerp([x, 0 * x]), [2 * half, 0.0])  # a zero tensor has no direction and counts as orthogonal
-    with pytest.raises(MergeError, match="slerp merges exactly 2 members, not 3"):
+    with pytest.raises(MergeError, match="linear takes at least 1 members, not none"):
+        get_merge_method("linear")([])
+    with pytest.raises(MergeError, match="slerp takes exactly 2 members, not 3"):
         slerp([A, B, C])
 
 

@@ -21,6 +21,7 @@ from .program import Chunk, Program, Reduce, Unit, WholeModel, begin, complete, 
 __all__ = ["Chunk", "MergeError", "PerMember", "Program", "Reduce", "WholeModel", "distance_metric", "merge_method"]
 
 PerMember = Union[float, Sequence[float], Mapping[str, float]]  # noqa: UP007 - compared by identity in schemas
+ANY = 1 << 30  # members: more than anybody has
 ALIASES = {"lambda": "scale", "weight": "weights", "t": "ratio"}
 
 
@@ -36,7 +37,7 @@ class Method:
     statistics: str | None = None  # kind of statistics it needs: "gram"
     weighted: bool = False  # reads Chunk.weights
     average: bool = False  # every output value is a weighted average of the members' values
-    members: tuple[int, int] = (1, 1 << 30)  # least and greatest number of members
+    members: tuple[int, int] = (1, ANY)  # least and greatest number of members
     keeps_equal: Callable[[Mapping[str, Any], Sequence[float]], bool] = lambda parameters, weights: True
 
     @cached_property
@@ -75,8 +76,9 @@ class Method:
     def check_members(self, name: str, members: Sequence[str]) -> None:
         least, most = self.members
         if not least <= len(members) <= most:
-            count = f"exactly {least}" if least == most else f"{least} to {most}"
-            raise MergeError(f"{name}: {self.name} merges {count} members, not {len(members)} ({', '.join(members)})")
+            count = f"exactly {least}" if least == most else f"{least} to {most}" if most < ANY else f"at least {least}"
+            given = f"{len(members)} ({', '.join(members)})" if members else "none"
+            raise MergeError(f"{name}: {self.name} takes {count} members, not {given}")
 
     def check_statistics(
         self, name: str, shape: tuple[int, ...], members: Sequence[str], statistics: Sequence[Any]
@@ -111,12 +113,12 @@ class Method:
         bound, resolved = self.bind(parameters, members)
         if self.needs_base and base is None:
             raise MergeError(f"{self.name} needs a base")
+        self.check_members(name or "the tensor", members)
         shapes = {tuple(t.shape) for t in [*tensors, *([] if base is None else [base])]}
         if len(shapes) != 1:
             raise MergeError(f"{name or 'the members'}: shapes differ: {', '.join(map(str, sorted(shapes)))}")
         shape = shapes.pop()
         view, nothing = shape_for(self.unit, shape), (None,) * len(tensors)
-        self.check_members(name or "the tensor", members)
         self.check_statistics(name or "the tensor", shape, members, statistics or nothing)
         chunk = Chunk(
             x=torch.stack([t.detach().to(torch.float32).reshape(view) for t in tensors]),
@@ -143,9 +145,9 @@ class MergeMethod(Method):
         The result has the members' shape, and the dtype of the base where there is one, else of the first member.
         """
         base = options.get("base")
-        first = tensors[0] if base is None else base
         with single_thread():
             merge, chunk = self.run(tensors, **options)
+            first = tensors[0] if base is None else base
             return merge(chunk).reshape(first.shape).to(first.dtype)
 
 
