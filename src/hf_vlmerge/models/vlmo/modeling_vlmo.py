@@ -324,11 +324,8 @@ class VlmoPreTrainedModel(PreTrainedModel):
         As in transformers, and a checkpoint of another resolution is fitted to the `image_size` that is asked for, as
         keyword or in `config`: the image part of the position table is resized; nothing else depends on the resolution.
         """
-        hub = {
-            key: kwargs[key]
-            for key in ("revision", "token", "cache_dir", "subfolder", "local_files_only")
-            if key in kwargs
-        }
+        shared = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+        hub = {key: kwargs[key] for key in shared if key in kwargs}
         if config is None:
             config, kwargs = cls.config_class.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
