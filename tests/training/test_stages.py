@@ -16,7 +16,7 @@ def run(seed: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     model = tiny_model(VlmoForPreTraining)
     collator = VlmoPreTrainingCollator(tokenizer, mask_probability=0.4)
     losses = Stage(steps=4, batch_size=8, learning_rate=1e-3, warmup_steps=1, seed=seed).train(
-        model, examples, collator
+        model, examples, collator, "a tiny stage"
     )
     return losses, model.state_dict()
 
