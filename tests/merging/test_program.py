@@ -54,15 +54,25 @@ def test_kth_magnitude_is_exact(keep, size):
     assert found.equal(x.abs().sort(1, descending=True).values[:, k - 1])
 
 
-def test_uniform_numbers_depend_on_seed_name_member_and_index_alone():
+def test_what_is_kept_depends_on_seed_name_member_and_index_alone():
     x = torch.zeros(2, 1000)
-    whole = chunk(x, seed=5, name="w").uniform("a")
-    assert whole.shape == (1000,) and whole.min() >= 0 and whole.max() < 1 and abs(float(whole.mean()) - 0.5) < 0.05
+    whole = chunk(x, seed=5, name="w").keep("a", 0.25)
+    assert whole.shape == (1000,) and 180 < int(whole.sum()) < 320
     for start in (1, 2, 3, 4, 400):
         part = Chunk(x[:, start:], None, ("a", "b"), torch.ones(2), name="w", start=start, seed=5)
-        assert part.uniform("a").equal(whole[start:])
-    others = [chunk(x, seed=6, name="w").uniform("a"), chunk(x, seed=5, name="v").uniform("a")]
-    assert not any(other.equal(whole) for other in [*others, chunk(x, seed=5, name="w").uniform("b")])
+        assert part.keep("a", 0.25).equal(whole[start:])
+    others = [chunk(x, seed=6, name="w"), chunk(x, seed=5, name="v")]
+    assert not any(other.keep("a", 0.25).equal(whole) for other in others)
+    assert not chunk(x, seed=5, name="w").keep("b", 0.25).equal(whole)
+
+
+def test_each_entry_may_have_a_probability_of_its_own():
+    c = chunk(torch.zeros(1, 100_000), seed=1, name="w")
+    p = torch.linspace(0, 1, 100_000)
+    assert c.keep("a", torch.full((100_000,), 0.25)).equal(c.keep("a", 0.25))
+    assert c.keep("a", 1.0).all() and not c.keep("a", 0.0).any()
+    assert c.keep("a", torch.ones(100_000)).all() and not c.keep("a", torch.zeros(100_000)).any()
+    assert abs(float(c.keep("a", p)[:50_000].float().mean()) - 0.25) < 0.01
 
 
 class Group:

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from inspect import isgenerator
 from typing import Any, Literal, NamedTuple
 
@@ -44,16 +45,33 @@ class Chunk:
         """Task vectors (modality vectors): members minus base, shaped like ``x``."""
         return self.x - self.base
 
-    def uniform(self, member: str) -> Tensor:
-        """Random numbers in [0, 1), shaped like ``x[0]``: a function of seed, name, member and flat index; float64."""
+    def keep(self, member: str, probability: float | Tensor) -> Tensor:
+        """A random choice of entries, bool, shaped like ``x[0]``: each is True with its probability (exact to 2^-32).
+
+        The choice depends on seed, tensor, member and flat index only: the generator is advanced to ``start``.
+        """
         identity = hashlib.sha256(f"{self.seed}\0{self.name}\0{member}".encode()).digest()
-        counter, skip = divmod(self.start, 4)  # Philox makes four numbers a step of its counter
-        bits = np.random.Philox(key=np.frombuffer(identity[:16], np.uint64), counter=counter)
-        numbers = np.random.Generator(bits).random(skip + self.x[0].numel())[skip:]
-        return torch.from_numpy(numbers).reshape(self.x.shape[1:])
+        draw, skip = divmod(self.start, 2)  # one draw of 64 bits serves two entries
+        bits = np.random.PCG64(int.from_bytes(identity[:16], "little")).advance(draw)
+        count = self.x[0].numel()
+        draws = np.random.Generator(bits).integers(0, 1 << 64, (skip + count + 1) // 2, dtype=np.uint64)
+        numbers = draws.astype("<u8", copy=False).view("<u4")[skip : skip + count]
+        if isinstance(probability, Tensor):  # number <= limit, so that 1 keeps everything
+            p = probability.reshape(-1).double().numpy()
+            kept = (numbers <= (p * 2**32 - 1).clip(0, 2**32 - 1).astype(np.uint32)) & (p > 0)
+        else:
+            limit = min(round(probability * 2**32), 2**32) - 1
+            kept = numbers <= np.uint32(limit) if limit >= 0 else np.zeros(count, bool)
+        return torch.from_numpy(kept).reshape(self.x.shape[1:])
 
 
 Reduce = Callable[[Chunk], tuple[Tensor, ...]]  # int64 or float64 of fixed shape; the engine adds them up
+
+
+class Counts(NamedTuple):
+    """A reduction that returns int64 only. Such sums are exact in any order, so it sees whole chunks, not blocks."""
+
+    reduce: Reduce
 
 
 class WholeModel(NamedTuple):
@@ -63,10 +81,11 @@ class WholeModel(NamedTuple):
     A program asks for these before its reductions over one tensor.
     """
 
-    reduce: Reduce
+    reduce: Reduce | Counts
 
 
-Request = Reduce | WholeModel
+Request = Reduce | Counts | WholeModel
+Read = Callable[[], Chunk]  # reads a chunk when it is called, so that the one who computes also reads
 Program = Generator[Request, tuple[Tensor, ...], Any]  # returns what the method makes of it: a function of a chunk
 
 
@@ -91,31 +110,50 @@ def resume(program: Program, totals: tuple[Tensor, ...] | None) -> Step:
 
 
 def complete(
-    program: Any, step: Step, chunks: Callable[[], Iterable[Chunk]], unit: Unit, *, alone: bool = False
+    program: Any,
+    step: Step,
+    chunks: Callable[[], Iterable[Chunk | Read]],
+    unit: Unit,
+    *,
+    alone: bool = False,
+    run: Callable[..., Iterable] = map,
 ) -> Any:
     """Serve a program's open requests from the chunks of its tensor, and return its result.
 
     ``alone`` says that this tensor is the whole model; otherwise requests for the whole model were served before.
+    ``run`` is ``map``, or a pool's: then the chunks are reduced side by side.
     """
     while (request := step.request) is not None:
         if isinstance(request, WholeModel):
             if not alone:
                 raise RuntimeError("a program must ask for sums over the whole model before sums over its tensor")
             request = request.reduce
-        step = resume(program, total(request, chunks(), unit))
+        step = resume(program, total(request, chunks(), unit, run=run))
     return step.result
 
 
-def total(reduce: Reduce, chunks: Iterable[Chunk], unit: Unit) -> tuple[Tensor, ...]:
-    """Sum a reduction over all blocks of all chunks, in flat order."""
+def total(
+    request: Reduce | Counts, chunks: Iterable[Chunk | Read], unit: Unit, *, run: Callable[..., Iterable] = map
+) -> tuple[Tensor, ...]:
+    """Sum a reduction over all blocks of all chunks, in flat order. ``run`` must keep the order of its results."""
     sums: tuple[Tensor, ...] | None = None
-    for chunk in chunks:
-        for block in blocks(chunk, unit):
-            part = reduce(block)
-            if any(p.dtype not in (torch.int64, torch.float64) for p in part):
-                raise TypeError(f"a reduction returns int64 or float64, not {[str(p.dtype) for p in part]}")
+    for parts in run(partial(partial_sums, request, unit), chunks):
+        for part in parts:
             sums = part if sums is None else tuple(a + b for a, b in zip(sums, part, strict=True))
     return sums or ()
+
+
+def partial_sums(request: Reduce | Counts, unit: Unit, chunk: Chunk | Read) -> list[tuple[Tensor, ...]]:
+    """What a reduction makes of one chunk: a part a block, or one part of a whole chunk where order does not matter."""
+    chunk = chunk if isinstance(chunk, Chunk) else chunk()
+    exact = isinstance(request, Counts)
+    reduce = request.reduce if exact else request
+    parts = [tuple(p.cpu() for p in reduce(block)) for block in ([chunk] if exact else blocks(chunk, unit))]
+    allowed = (torch.int64,) if exact else (torch.int64, torch.float64)
+    wrong = [str(p.dtype) for part in parts for p in part if p.dtype not in allowed]
+    if wrong:
+        raise TypeError(f"a reduction returns int64{'' if exact else ' or float64'}, not {wrong[0]}")
+    return parts
 
 
 def blocks(chunk: Chunk, unit: Unit) -> Iterator[Chunk]:

@@ -8,7 +8,7 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .errors import MergeError, nearest
-from .program import Chunk, Program, Reduce, Unit, WholeModel, begin, complete, shape_for, single_thread, total
+from .program import Chunk, Counts, Program, Reduce, Unit, WholeModel, begin, complete, shape_for, single_thread, total
 
-__all__ = ["Chunk", "MergeError", "PerMember", "Program", "Reduce", "WholeModel", "distance_metric", "merge_method"]
+__all__ = ["Chunk", "Counts", "MergeError", "PerMember", "Program", "Reduce", "WholeModel", "distance_metric", "merge_method"]
 
 PerMember = Union[float, Sequence[float], Mapping[str, float]]  # noqa: UP007 - compared by identity in schemas
 ANY = 1 << 30  # members: more than anybody has
@@ -34,11 +34,15 @@ class Method:
     paper: str | None = None
     unit: Unit = "element"
     needs_base: bool = False
-    statistics: str | None = None  # kind of statistics it needs: "gram"
+    takes_base: bool = False  # uses a base where the recipe gives one
+    statistics: str | None = None  # kind of statistics it needs: "gram", "fisher"
     weighted: bool = False  # reads Chunk.weights
     average: bool = False  # every output value is a weighted average of the members' values
     members: tuple[int, int] = (1, ANY)  # least and greatest number of members
     keeps_equal: Callable[[Mapping[str, Any], Sequence[float]], bool] = lambda parameters, weights: True
+    mergekit: Mapping[str, Any] = field(default_factory=dict)  # parameters that select mergekit's variant
+    cost: str = ""  # n members, P parameters, d the longer side of a matrix
+    disagreements: str = ""  # where reference implementations differ, and which one the default follows
 
     @cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
