@@ -18,7 +18,17 @@ from torch import Tensor
 from .errors import MergeError, nearest
 from .program import Chunk, Counts, Program, Reduce, Unit, WholeModel, begin, complete, shape_for, single_thread, total
 
-__all__ = ["Chunk", "Counts", "MergeError", "PerMember", "Program", "Reduce", "WholeModel", "distance_metric", "merge_method"]
+__all__ = [
+    "Chunk",
+    "Counts",
+    "MergeError",
+    "PerMember",
+    "Program",
+    "Reduce",
+    "WholeModel",
+    "distance_metric",
+    "merge_method",
+]
 
 PerMember = Union[float, Sequence[float], Mapping[str, float]]  # noqa: UP007 - compared by identity in schemas
 ANY = 1 << 30  # members: more than anybody has
