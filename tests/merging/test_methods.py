@@ -102,7 +102,9 @@ def test_slerp_keeps_to_the_great_circle_and_turns_linear_when_nearly_parallel()
 # Laws over the registry. Each method gets two members, a base, and Gram matrices where it wants them.
 def call(name, tensors, base, **options):
     method = get_merge_method(name)
-    if method.statistics and tensors[0].ndim == 2:
+    if method.statistics == "fisher":
+        options["statistics"] = [torch.ones(t.shape) + k for k, t in enumerate(tensors)]
+    elif method.statistics and tensors[0].ndim == 2:
         width = tensors[0].shape[1]
         options["statistics"] = [torch.eye(width) + k for k, _ in enumerate(tensors)]
     return method(tensors, base=base, **options)
@@ -203,11 +205,12 @@ def test_aliases_of_parameters():
 def test_the_engine_and_the_plain_call_agree(name):
     tensors = {key: {"layer.weight": torch.randn(30, 40)} for key in ("a", "b", "base")}
     method = get_merge_method(name)
-    gram = torch.eye(40) + 0.5
+    given = torch.ones(30, 40) if method.statistics == "fisher" else torch.eye(40) + 0.5
+    statistics = {f"{method.statistics}.layer.weight": given}
     recipe = {"merge_method": name, "models": ["a", "b"], "base_model": "seed", "statistics": "grams"}
-    given = {"a": tensors["a"], "b": tensors["b"], "seed": tensors["base"], "grams": {"gram.layer.weight": gram}}
+    given = {"a": tensors["a"], "b": tensors["b"], "seed": tensors["base"], "grams": statistics}
     merged = merge_tensors(recipe, given)["layer.weight"]
-    options = {"statistics": [gram, gram]} if method.statistics else {}
+    options = {"statistics": [*statistics.values()] * 2} if method.statistics else {}
     inputs = [tensors["a"]["layer.weight"], tensors["b"]["layer.weight"]]
     assert merged.equal(method(inputs, base=tensors["base"]["layer.weight"], **options))
 

@@ -165,7 +165,8 @@ def blocks(chunk: Chunk, unit: Unit) -> Iterator[Chunk]:
     step = max(1, BLOCK // width)
     for at in range(0, chunk.x.shape[1], step):
         base = None if chunk.base is None else chunk.base[at : at + step]
-        yield replace(chunk, x=chunk.x[:, at : at + step], base=base, start=chunk.start + at * width)
+        own = tuple(None if s is None else s[at : at + step] for s in chunk.statistics)
+        yield replace(chunk, x=chunk.x[:, at : at + step], base=base, statistics=own, start=chunk.start + at * width)
 
 
 def shape_for(unit: Unit, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -103,6 +103,12 @@ class Method:
             cure = "collect it, or give the tensor another method by a rule"
             raise MergeError(f"{name}: no {self.statistics} of member {missing[0]!r} in the statistics; {cure}")
 
+    def check_statistics_shape(self, name: str, shape: Sequence[int], shapes: Iterable[Sequence[int]]) -> None:
+        """Methods that see runs of a tensor need statistics shaped like it."""
+        wrong = next((tuple(s) for s in shapes if tuple(s) != tuple(shape)), None)
+        if self.unit != "tensor" and wrong is not None:
+            raise MergeError(f"{name} {tuple(shape)}: the statistics of {self.name} have the shape {wrong}")
+
     def program(self, parameters: Mapping[str, Any]) -> Any:
         """Make the program (or, of a method without reductions, its result) for bound parameters."""
         return self.function(**parameters)
@@ -134,6 +140,9 @@ class Method:
         shape = shapes.pop()
         view, nothing = shape_for(self.unit, shape), (None,) * len(tensors)
         self.check_statistics(name or "the tensor", shape, members, statistics or nothing)
+        if statistics and self.unit != "tensor":  # runs beside x, of the weight's own shape
+            self.check_statistics_shape(name or "the tensor", shape, [s.shape for s in statistics if s is not None])
+            statistics = [None if s is None else s.to(torch.float32).reshape(view) for s in statistics]
         chunk = Chunk(
             x=torch.stack([t.detach().to(torch.float32).reshape(view) for t in tensors]),
             base=None if base is None else base.detach().to(torch.float32).reshape(view),
