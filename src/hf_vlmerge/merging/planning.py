@@ -8,6 +8,7 @@ from .errors import MergeError
 from .groups import MergeGroup, Ref, Sources, group_by_expert, group_by_name
 from .recipe import ExpertLayout, Recipe
 from .tensors.sources import TensorSource, open_source
+from .views import viewed
 from .weights import layer_counts
 
 
@@ -30,7 +31,7 @@ def open_sources(recipe: Recipe, given: Mapping[str, Any] | None = None) -> Iter
             opened[ref] = open_source(given.get(ref, ref))
             if ref not in given:
                 stack.enter_context(opened[ref])
-        yield {role: opened[ref] for role, ref in roles.items()}
+        yield viewed(recipe, {role: opened[ref] for role, ref in roles.items()})
 
 
 def layout_of(recipe: Recipe, source: TensorSource) -> ExpertLayout:

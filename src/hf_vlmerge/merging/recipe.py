@@ -13,6 +13,8 @@ import yaml
 
 from .errors import MergeError, nearest
 from .mergekit import translate
+from .options import AdapterForm, Align, Vocabulary, check_options, renaming
+from .reading import mapping, sequence, text
 from .registry import ALIASES, get_merge_method
 from .tensors.dtypes import parse_dtype
 
@@ -21,12 +23,14 @@ RESERVED = ("base", "first")  # words with a meaning of their own in `keep`
 
 @dataclass(frozen=True)
 class Member:
-    """One checkpoint among several: its alias, where it is, its own parameters and statistics."""
+    """One checkpoint among several: its alias, where it is, its own parameters and statistics, and under which other
+    names its tensors are seen (patterns in order, see ``tensors.renamed``)."""
 
     alias: str
     model: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     statistics: str | None = None
+    rename: Mapping[str, str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,16 @@ class ExpertLayout:
 
     @classmethod
     def from_dict(cls, layout: Any, where: str) -> "ExpertLayout":
-        layout = _mapping(layout, where, ("experts", "merged", "config"))
+        layout = mapping(layout, where, ("experts", "merged", "config"))
         experts: dict[str, str] = {}
-        for entry in _list(layout.get("experts"), f"{where}: experts"):
-            named = entry if isinstance(entry, Mapping) else {_text(entry, f"{where}: an expert"): entry}
+        for entry in sequence(layout.get("experts"), f"{where}: experts"):
+            named = entry if isinstance(entry, Mapping) else {text(entry, f"{where}: an expert"): entry}
             experts.update((str(alias), str(component)) for alias, component in named.items())
         if not experts:
             raise MergeError(
                 f"{where}: 'experts' must list the experts, as [vision, language] or [vision: v, language: l]"
             )
-        config = _mapping(layout.get("config") or {}, f"{where}: config")
+        config = mapping(layout.get("config") or {}, f"{where}: config")
         return cls(experts, str(layout.get("merged", "shared") or ""), dict(config))
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,6 +88,10 @@ class Recipe:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     experts: ExpertLayout | None = None
+    base_rename: Mapping[str, str | None] | None = None  # in a recipe: base_model: {model: ..., rename: {...}}
+    vocabulary: Vocabulary | None = None
+    align: Align | None = None
+    adapters: AdapterForm | None = None
     dtype: str | None = None
     out_dtype: str | None = None
     files_from: str | None = None  # whose config, tokenizer, ... are carried along: "base" or a member's alias
@@ -111,8 +119,8 @@ class Recipe:
         if not is_text and not Path(recipe).expanduser().is_file():
             raise MergeError(f"there is no recipe file {str(recipe)!r}")
         try:
-            text = recipe if is_text else Path(recipe).expanduser().read_text(encoding="utf-8")
-            content = yaml.safe_load(text)
+            written = recipe if is_text else Path(recipe).expanduser().read_text(encoding="utf-8")
+            content = yaml.safe_load(written)
         except UnicodeDecodeError:
             raise MergeError(f"the recipe file {str(recipe)!r} is not a text in UTF-8") from None
         except yaml.YAMLError as error:
@@ -121,17 +129,25 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, content: Any) -> "Recipe":
-        content, notes = translate(_mapping(content, "the recipe"))
-        known = [f.name for f in fields(cls) if f.name not in ("notes",)]
-        values = dict(_mapping(content, "the recipe", known))
+        content, notes = translate(mapping(content, "the recipe"))
+        known = [f.name for f in fields(cls) if f.name not in ("notes", "base_rename")]
+        values = dict(mapping(content, "the recipe", known))
+        if isinstance(values.get("base_model"), Mapping):
+            base = mapping(values["base_model"], "base_model", ("model", "rename"))
+            values |= {"base_model": base.get("model"), "base_rename": renaming(base.get("rename"), "base_model")}
         for key in ("experts_of", "base_model", "statistics", "merge_method", "dtype", "out_dtype", "files_from"):
             if values.get(key) is not None:
                 values[key] = str(values[key]) or None
         values["models"] = _members(values.get("models") or ())
-        values["rules"] = tuple(_rule(r, f"rule {i}") for i, r in enumerate(_list(values.get("rules"), "rules"), 1))
+        values["rules"] = tuple(_rule(r, f"rule {i}") for i, r in enumerate(sequence(values.get("rules"), "rules"), 1))
         values["parameters"] = _parameters(values.get("parameters"), "parameters")
         if values.get("experts") is not None:
             values["experts"] = ExpertLayout.from_dict(values["experts"], "experts")
+        values["vocabulary"] = Vocabulary.from_dict(values.get("vocabulary"))
+        values["align"] = Align.from_dict(values.get("align"))
+        values["adapters"] = AdapterForm.from_dict(values.get("adapters"))
+        if values["vocabulary"] and values.get("files_from") is None:
+            values["files_from"] = values["vocabulary"].reference  # its tokenizer numbers the rows
         return cls(**values, notes=tuple(notes))
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,6 +158,8 @@ class Recipe:
             if f.name == "notes" or value in (None, (), {}) or (f.name == "seed" and value == 0):
                 continue
             result[f.name] = _plain(value)
+        if "base_rename" in result:
+            result["base_model"] = {"model": self.base_model, "rename": result.pop("base_rename")}
         return result
 
     def to_yaml(self) -> str:
@@ -174,7 +192,7 @@ def _check(recipe: Recipe) -> None:
     used = {m for m in (recipe.merge_method, *(r.method for r in recipe.rules)) if m}
     methods = [get_merge_method(m) for m in sorted(used)]
     for method in methods:
-        if method.needs_base and recipe.base_model is None:
+        if method.needs_base and recipe.base_model is None and recipe.adapters is None:
             raise MergeError(f"{method.name} needs a base: give 'base_model'")
         has = recipe.statistics or any(m.statistics for m in recipe.models)
         if method.statistics and not has:
@@ -185,6 +203,7 @@ def _check(recipe: Recipe) -> None:
     for rule in recipe.rules:
         if recipe.models:
             _known_members(rule, recipe.aliases)
+    check_options(recipe)
 
 
 def _known_parameter(name: str, methods: list, where: str) -> None:
@@ -213,35 +232,42 @@ def _known_members(rule: Rule, aliases: tuple[str, ...]) -> None:
 
 def _members(models: Any) -> tuple[Member, ...]:
     members = []
-    for i, entry in enumerate(_list(models, "models"), 1):
+    for i, entry in enumerate(sequence(models, "models"), 1):
         if isinstance(entry, str | Path):
             entry = {"model": str(entry)}
-        entry = _mapping(entry, f"model {i}", ("model", "alias", "parameters", "statistics"))
+        entry = mapping(entry, f"model {i}", ("model", "alias", "parameters", "statistics", "rename"))
         if not isinstance(entry.get("model"), str | Path) or entry["model"] == "":
             raise MergeError(f"model {i} needs 'model': a Hub id, folder or file")
-        alias = str(entry.get("alias") or Path(str(entry["model"]).partition("@")[0]).name)
+        alias = str(entry.get("alias") or _last_part(str(entry["model"])))
         if "alias" not in entry and (alias in RESERVED or any(m.alias == alias for m in members)):
             alias = f"{alias}-{i}"
         own = _parameters(entry.get("parameters"), f"model {alias!r}")
         statistics = entry.get("statistics")
-        members.append(Member(alias, str(entry["model"]), own, str(statistics) if statistics else None))
+        rename = renaming(entry.get("rename"), f"model {alias!r}")
+        members.append(Member(alias, str(entry["model"]), own, str(statistics) if statistics else None, rename))
     return tuple(members)
 
 
+def _last_part(model: str) -> str:
+    """The name of a model without its folders and revision; of ``base+adapter`` the adapter's."""
+    last = model if Path(model).expanduser().exists() else model.rpartition("+")[2]
+    return Path(last.strip().partition("@")[0]).name
+
+
 def _rule(rule: Any, where: str) -> Rule:
-    rule = dict(_mapping(rule, where, [f.name for f in fields(Rule)]))
+    rule = dict(mapping(rule, where, [f.name for f in fields(Rule)]))
     match = rule.get("match", "*")
-    rule["match"] = (match,) if isinstance(match, str) else tuple(map(str, _list(match, f"{where}: match")))
+    rule["match"] = (match,) if isinstance(match, str) else tuple(map(str, sequence(match, f"{where}: match")))
     if rule.get("members") is not None:
         members = rule["members"]
         rule["members"] = (
-            (members,) if isinstance(members, str) else tuple(map(str, _list(members, f"{where}: members")))
+            (members,) if isinstance(members, str) else tuple(map(str, sequence(members, f"{where}: members")))
         )
         if not rule["members"]:
             raise MergeError(f"{where}: members is empty")
     for key in ("has", "keep", "method"):
         if rule.get(key) is not None:
-            _text(rule[key], f"{where}: {key}")
+            text(rule[key], f"{where}: {key}")
     rule["parameters"] = _parameters(rule.get("parameters"), where)
     if rule.keys() <= {"match", "has", "parameters"} and not rule["parameters"]:
         raise MergeError(f"{where} says what it matches but not what to do (keep, members, method or parameters)")
@@ -251,7 +277,7 @@ def _rule(rule: Any, where: str) -> Rule:
 def _parameters(values: Any, where: str) -> dict[str, Any]:
     """Parameters under their own names (lambda, weight, t are aliases)."""
     result: dict[str, Any] = {}
-    for name, value in _mapping(values or {}, where).items():
+    for name, value in mapping(values or {}, where).items():
         own = ALIASES.get(str(name), str(name))
         if own in result:
             raise MergeError(f"{where}: {own!r} is given twice, once as {name!r}")
@@ -259,30 +285,9 @@ def _parameters(values: Any, where: str) -> dict[str, Any]:
     return result
 
 
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise MergeError(f"{where} must be a name, not {value!r}")
-    return value
-
-
-def _mapping(value: Any, where: str, known: Iterable[str] | None = None) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise MergeError(f"{where} must be a mapping, not {value!r}")
-    for key in value:
-        if known is not None and key not in known:
-            raise MergeError(f"{where}: unknown key {key!r}{nearest(key, known)}")
-    return value
-
-
-def _list(value: Any, where: str) -> list | tuple:
-    if value is not None and not isinstance(value, list | tuple):
-        raise MergeError(f"{where} must be a list, not {value!r}")
-    return value or ()
-
-
 def _plain(value: Any) -> Any:
     """Dataclasses and tuples as mappings and lists that YAML can hold, without their empty parts."""
-    if isinstance(value, ExpertLayout):
+    if isinstance(value, ExpertLayout | Vocabulary | Align | AdapterForm):
         return value.to_dict()
     if isinstance(value, Member | Rule):
         parts = {f.name: getattr(value, f.name) for f in fields(value)}

@@ -29,8 +29,9 @@ def is_hub_id(ref: str) -> bool:
     return bool(HUB_ID.fullmatch(ref)) and not looks_like_file
 
 
-def fetch(ref: str) -> Snapshot:
-    """Download (or find in the cache) weights and side files of ``org/name[@revision]``; shows a progress bar."""
+def fetch(ref: str, weights: Callable[[list[str]], list[str]] | None = None) -> Snapshot:
+    """Download (or find in the cache) weights and side files of ``org/name[@revision]``; shows a progress bar.
+    ``weights`` chooses the weight files among all of a repository's; by default those of a model."""
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     repo, _, revision = ref.partition("@")
@@ -40,7 +41,7 @@ def fetch(ref: str) -> Snapshot:
             return Snapshot(repo, folder.name, folder, {})
         info = retried(lambda: HfApi().model_info(repo, revision=revision or None, files_metadata=True))
         files = {f.rfilename: f.lfs.sha256 if f.lfs else None for f in info.siblings or ()}
-        patterns = [*SIDE, *weight_patterns(list(files))]
+        patterns = [*SIDE, *(weights or weight_patterns)(list(files))]
         folder = retried(lambda: snapshot_download(repo, revision=info.sha, allow_patterns=patterns))
         return Snapshot(repo, info.sha, Path(folder), {name: sha for name, sha in files.items() if sha})
     except errors.GatedRepoError:
@@ -64,7 +65,8 @@ def cached(repo: str, revision: str | None) -> Path:
     """The folder of a repository in the local cache. It may hold only what was fetched of it."""
     from huggingface_hub import snapshot_download, try_to_load_from_cache
 
-    for name in ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
+    known = "config.json model.safetensors model.safetensors.index.json pytorch_model.bin adapter_config.json"
+    for name in known.split():
         path = try_to_load_from_cache(repo, name, revision=revision)
         if isinstance(path, str):
             return Path(path).parent
@@ -79,6 +81,11 @@ def weight_patterns(files: list[str]) -> list[str]:
         if found:
             return found
     return []
+
+
+def adapter_weights(files: list[str]) -> list[str]:
+    """The weights of an adapter as peft names them, safetensors first."""
+    return [name for name in ("adapter_model.safetensors", "adapter_model.bin") if name in files][:1]
 
 
 def retried(call: Callable[[], T]) -> T:

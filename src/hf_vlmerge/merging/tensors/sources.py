@@ -4,7 +4,6 @@ Opening a source reads headers only. Tensors are read whole (``source[key]``) or
 """
 
 import json
-import os
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -27,11 +26,13 @@ NOT_SIDE = re.compile(r"(.*\.index\.json|trainer_state\.json|(all|train|eval)_re
 
 
 class FileRecord(NamedTuple):
-    """One file a source reads: its name within the source, bytes, and sha256 where the Hub reports it."""
+    """One file a source reads: its name within the source, bytes, sha256 where the Hub reports it, and when it was
+    last changed (ns; tells an interrupted merge whether it may go on)."""
 
     name: str
     size: int
     sha256: str | None = None
+    modified: int | None = None
 
 
 class TensorSource(Mapping[str, Tensor]):
@@ -41,6 +42,7 @@ class TensorSource(Mapping[str, Tensor]):
     revision: str | None = None  # commit hash of a Hub source
     config: dict[str, Any] | None = None  # its config.json
     ignored: tuple[str, ...] = ()  # entries of a checkpoint file that are no tensors of the state dict
+    notes: tuple[str, ...] = ()  # what a view changes, in sentences for the report of a merge
     tied: tuple[tuple[str, ...], ...] = ()  # keys that share one memory
 
     def __init__(self) -> None:
@@ -56,7 +58,11 @@ class TensorSource(Mapping[str, Tensor]):
 
     @abstractmethod
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) in flat order, in the stored dtype."""
+        """Elements [start, stop) in flat order, in the stored dtype.
+
+        A source that computes its tensors (base + adapter) may return float32 in place of ``dtype(key)``, so that
+        whoever merges rounds once. What it returns for an element never depends on the run that was asked for.
+        """
 
     @abstractmethod
     def __contains__(self, key: object) -> bool: ...
@@ -74,6 +80,10 @@ class TensorSource(Mapping[str, Tensor]):
         if key not in self:
             raise MergeError(f"{self.label} has no tensor {key}{closest(key, self)}")
         return key
+
+    def extent(self, key: str) -> tuple[int, int] | None:
+        """The open file and the byte at which a tensor lies as it is; None where it must be read to be had."""
+        return None
 
     def close(self) -> None:
         """Let go of open files."""
@@ -142,7 +152,7 @@ class SafetensorsSource(TensorSource):
             raise MergeError(f"{self.label}: {min(twice)} is in {path.name} and in {self.where[min(twice)].path.name}")
         self.where.update(dict.fromkeys(file.entries, file))
         self.metadata.update(file.metadata)
-        self.files += (FileRecord(path.name, path.stat().st_size),)
+        self.files += (file_record(path),)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.where)
@@ -162,6 +172,10 @@ class SafetensorsSource(TensorSource):
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
         return self.where[self.require(key)].read(key, start, stop)
 
+    def extent(self, key: str) -> tuple[int, int] | None:
+        file = self.where[self.require(key)]
+        return file.descriptor, file.entries[key].offset
+
     def close(self) -> None:
         for file in self.opened:
             file.close()
@@ -169,7 +183,8 @@ class SafetensorsSource(TensorSource):
 
 def open_source(ref: Any) -> TensorSource:
     """Open a Hub id (``org/name[@revision]``), a folder, a ``.safetensors``, ``.pt``, ``.pth``, ``.ckpt`` or ``.bin``
-    file, a mapping of tensors, or a source that is open already.
+    file, a mapping of tensors, a source that is open already, or ``base+adapter``: two of the former, of which the
+    second is a folder or Hub id as peft writes it.
 
     Raises MergeError, in one sentence, where there is nothing of the kind or it is damaged. Nothing in it is executed.
     """
@@ -186,10 +201,13 @@ def open_source(ref: Any) -> TensorSource:
         snapshot = hub.fetch(str(ref))
         source = open_folder(snapshot.folder, snapshot.repo)
         source.revision = snapshot.revision
-        source.files = tuple(FileRecord(f.name, f.size, snapshot.sha256.get(f.name)) for f in source.files)
+        source.files = tuple(f._replace(sha256=snapshot.sha256.get(f.name)) for f in source.files)
         return source
     if "+" in str(ref):
-        raise MergeError(f"{ref!r}: adapters (base+adapter) cannot be merged; merge the adapter into its base first")
+        from .adapted import adapted  # here, because views are made of sources
+
+        base, _, adapter = str(ref).rpartition("+")
+        return adapted(base.strip(), adapter.strip())
     raise MergeError(f"{str(ref)!r} is neither a file or folder here nor a Hub id (org/name or org/name@revision)")
 
 
@@ -221,6 +239,10 @@ def folder_weights(folder: Path, label: str) -> TensorSource:
             continue
         shards = read_index(index, label) if index.is_file() else {single: None}
         return SafetensorsSource(shards, label) if suffix == "safetensors" else pickle_source(list(shards), label)
+    if (folder / "adapter_config.json").is_file():
+        raise MergeError(
+            f"{label} is an adapter, not a model: write 'base+adapter', or give 'adapters' to merge adapters into one"
+        )
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
         return SafetensorsSource({files[0]: None}, label)
@@ -270,8 +292,13 @@ def pickle_source(paths: list[Path], label: str) -> DictSource:
         ignored += rest
     source = DictSource(tensors, label)
     source.ignored = tuple(ignored)
-    source.files = tuple(FileRecord(p.name, os.path.getsize(p)) for p in paths)
+    source.files = tuple(map(file_record, paths))
     return source
+
+
+def file_record(path: Path) -> FileRecord:
+    stat = path.stat()
+    return FileRecord(path.name, stat.st_size, modified=stat.st_mtime_ns)
 
 
 def shared_memory(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:
