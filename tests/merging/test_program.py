@@ -42,7 +42,7 @@ def test_reductions_must_be_exact_or_wide():
         total(lambda c: (c.x.sum(),), [chunk(torch.ones(1, 4))], "element")
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("keep", [0.001, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("size", [1, 7, 1000, BLOCK + 3])
 def test_kth_magnitude_is_exact(keep, size):
     x = torch.randn(2, size)

@@ -7,7 +7,7 @@ import torch
 
 from hf_vlmerge.merging import Recipe, merge_tensors
 from hf_vlmerge.merging.planning import references
-from tests.merging.test_engine import LAYOUT, as_shared, expert_model, grams_for
+from tests.merging.test_engine import LAYOUT, as_shared, expert_model, statistics_for
 
 FOLDER = Path(__file__).parents[2] / "hub_configs" / "recipes"
 
@@ -24,7 +24,7 @@ def test_a_shipped_recipe(path):
     if recipe.experts_of:
         given[recipe.experts_of] = specific
         given |= {ref: as_shared(expert_model(seed=9)) for ref in filter(None, [recipe.base_model])}
-        given |= {ref: grams_for(specific) for ref in filter(None, [recipe.statistics])}
+        given |= {ref: statistics_for(specific) for ref in filter(None, [recipe.statistics])}
         recipe = Recipe.load({**recipe.to_dict(), "experts": LAYOUT})
     merged = merge_tensors(recipe, given)
     assert merged.keys() == (as_shared(specific) if recipe.experts_of else specific).keys()

@@ -84,8 +84,10 @@ def test_experts_that_are_copies_merge_into_the_model_they_were_copied_from(seed
     given = {}
     if known.statistics:
         weights = open_source(seeds / variant)
-        given["grams"] = {f"gram.{k}": torch.eye(weights.shape(k)[1]) for k in weights if len(weights.shape(k)) == 2}
-        recipe["statistics"] = "grams"
+        matrices = [k for k in weights if len(weights.shape(k)) == 2]
+        given["statistics"] = {f"gram.{k}": torch.eye(weights.shape(k)[1]) for k in matrices}
+        given["statistics"] |= {f"fisher.{k}": torch.ones(weights.shape(k)) for k in weights}
+        recipe["statistics"] = "statistics"
     merge(recipe, tmp_path / "merged", sources=given, progress=False, fsync=False)
     seed, merged = open_source(seeds / "seed"), open_source(tmp_path / "merged")
     assert merged.keys() == seed.keys() and all(merged[key].equal(seed[key]) for key in seed)

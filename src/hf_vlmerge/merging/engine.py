@@ -1,41 +1,37 @@
-"""The engine: plan the groups, stream every tensor through its method in chunks, write, check, publish by a rename.
+"""The engine: plan the groups, make every tensor on some threads and processes, check, publish by a rename.
 
-Inputs are read in chunks of flat order, merged in float32 and rounded once. Chunks start on block boundaries (or are
-whole rows or tensors), so the result does not depend on their size.
+Every header is written first, so each chunk goes straight to its final place, in any order. What is made depends
+neither on chunk size nor threads, processes or interruptions: chunks start on block boundaries (or are whole rows or
+tensors), and sums are taken over blocks in flat order.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .adapters import merge_adapter_tensors, merge_adapters
 from .carrying import files_source, merged_config, verify, write_files
 from .errors import MergeError
-from .groups import COPY, MergeGroup
+from .estimate import estimate, fit
+from .making import Maker, Sink, job_of, memory_of, output_of
+from .manifest import Manifest, fingerprint, unfinished
 from .planning import open_sources, plan
-from .program import complete, single_thread
+from .program import single_thread
+from .ranks import ALONE, Ranks, shares
 from .recipe import Recipe
-from .registry import get_merge_method
 from .report import MergeReport, describe
 from .streaming import CHUNK_SIZE, Job, Reader, settle_whole_model
-from .tensors.dtypes import all_finite, dtype_name
-from .tensors.sinks import SafetensorsSink, Spec, atomic_folder
-
-
-class Run(NamedTuple):
-    """A run of one output tensor: ``values`` in its dtype from flat index ``start``; ``how`` is merged, copied or equal
-    (inputs that were byte-equal and therefore copied)."""
-
-    group: MergeGroup
-    start: int
-    values: Tensor
-    how: str
+from .tensors.sinks import SafetensorsSink, Spec, parse_size, split_shards
+from .workers import Workers, available_threads
 
 
 def merge(
@@ -48,6 +44,10 @@ def merge(
     dry_run: bool = False,
     allow_nonfinite: bool = False,
     fsync: bool = True,
+    threads: int | None = None,
+    max_memory: int | str | None = None,
+    device: str = "cpu",
+    distributed: bool = False,
     chunk_size: int = CHUNK_SIZE,
     max_shard_size: int | str = "5GB",
     progress: bool = True,
@@ -58,33 +58,70 @@ def merge(
     tensors in memory. finish: called with the temporary folder and the report before the rename (the place for a model
     card). overwrite: replace an existing folder, by renaming at the very end. dry_run: write nothing; the report is the
     plan, ``output`` may be None. allow_nonfinite: accept NaN and Inf in inputs. fsync: flush to disk before the rename.
-    chunk_size: elements of one member in memory at a time (the result does not depend on it). max_shard_size: of a
-    weight file, as "5GB".
 
+    threads: workers (default: the cores, or OMP_NUM_THREADS). max_memory: of chunks and matrices in use at once, as
+    "2GB", beside what Python and torch take. device: where chunks are merged, as "cuda". distributed: all processes
+    that a launcher started call this and share the work. chunk_size: elements of one member in memory at a time.
+    max_shard_size: of a weight file, as "5GB". None of these changes a bit (another device may, in the last place).
+
+    A merge that was stopped goes on where it was when it is called again with the same recipe and inputs.
     Raises MergeError for anything wrong with recipe, inputs or output; the output folder then is as it was.
     """
     started = time.perf_counter()
     recipe = Recipe.load(recipe)
-    with open_sources(recipe, sources) as opened, single_thread():
-        groups = plan(recipe, opened)
+    if recipe.adapters:
+        settings = {"overwrite": overwrite, "dry_run": dry_run, "fsync": fsync, "distributed": distributed}
+        return merge_adapters(recipe, output, sources=sources, finish=finish, **settings)
+    limit = None if max_memory is None else parse_size(max_memory)
+    shard_size = parse_size(max_shard_size)
+    ranks = Ranks.launched() if distributed and not dry_run else ALONE
+    with open_sources(recipe, sources) as opened, single_thread(), ExitStack() as stack:
+        groups = sorted(plan(recipe, opened), key=lambda g: natural(g.output))
         report = describe(recipe, opened, groups, merged_config(recipe, opened))
+        jobs = [job_of(group) for group in groups]
+        threads, chunk_size = fit(jobs, threads or available_threads(), chunk_size, limit)
+        report.estimate = estimate(jobs, opened, threads, chunk_size)
         if dry_run:
             return report
         if output is None:
             raise MergeError("an output folder is needed")
-        reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed)
-        specs = {g.output: Spec(g.dtype, g.shape) for g in sorted(groups, key=lambda g: natural(g.output))}
-        with atomic_folder(output, overwrite=overwrite, fsync=fsync) as folder:
+        specs = {g.output: Spec(g.dtype, g.shape) for g in groups}
+        reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed, device)
+
+        def prepare() -> Path:
+            key = fingerprint(recipe, opened, {"shard size": shard_size, "device": device})
+            folder = stack.enter_context(unfinished(output, key, overwrite=overwrite, fsync=fsync))
             write_files(folder, report.recipe, report.config, files_source(recipe, opened))
-            with SafetensorsSink(folder, specs, max_shard_size=max_shard_size) as sink:
-                for run in runs(groups, reader, progress):
-                    sink.write(run.group.output, run.start, run.values)
-                    report.how[run.group.output] = run.how
-                report.bytes_written = sink.total
+            SafetensorsSink(folder, specs, max_shard_size=shard_size).close()  # headers, and each file at its length
+            return folder
+
+        def make_share(folder: Path) -> Manifest:
+            with (
+                Manifest(folder, ranks.index) as manifest,
+                SafetensorsSink(folder, specs, max_shard_size=shard_size) as sink,
+                Workers(threads, limit, device) as workers,
+            ):
+                ranks.exchange(None)  # everybody has read what is finished before anybody adds to it
+                own = share(jobs, specs, shard_size, ranks)
+                Run(jobs, own, reader, sink, workers, manifest, ranks, progress).make()
+                if fsync and ranks.count > 1:
+                    sink.flush()
+                return manifest
+
+        def complete(folder: Path) -> None:
             verify(folder, specs)
             report.output, report.seconds = Path(output), time.perf_counter() - started
             if finish is not None:
                 finish(folder, report)
+
+        folder = ranks.on_first(prepare)
+        manifests = ranks.together(lambda: make_share(folder))
+        how = {name: how for manifest in manifests for name, how in manifest.done.items()}
+        report.how = {g.output: how[g.output] for g in groups}
+        report.resumed = manifests[0].resumed
+        report.bytes_written = sum(prod(shape) * dtype.itemsize for dtype, shape in specs.values())
+        ranks.on_first(lambda: complete(folder))
+        ranks.on_first(stack.close)
     return report
 
 
@@ -93,17 +130,36 @@ def merge_tensors(
     sources: Mapping[str, Any] | None = None,
     *,
     allow_nonfinite: bool = False,
+    threads: int | None = None,
+    device: str = "cpu",
     chunk_size: int = CHUNK_SIZE,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """The same merge in memory: output tensors by name."""
     recipe = Recipe.load(recipe)
-    with open_sources(recipe, sources) as opened, single_thread():
+    if recipe.adapters:
+        return merge_adapter_tensors(recipe, sources)
+    threads = threads or available_threads()
+    with open_sources(recipe, sources) as opened, single_thread(), Workers(threads, device=device) as workers:
         groups = plan(recipe, opened)
-        result = {g.output: torch.empty(prod(g.shape), dtype=g.dtype) for g in groups}
-        for run in runs(groups, Reader(opened, chunk_size, allow_nonfinite, recipe.seed), progress):
-            result[run.group.output][run.start : run.start + run.values.numel()] = run.values
-        return {g.output: result[g.output].reshape(g.shape) for g in groups}
+        sink = Tensors({g.output: Spec(g.dtype, g.shape) for g in groups})
+        jobs = [job_of(group) for group in groups]
+        reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed, device)
+        Run(jobs, {g.output for g in groups}, reader, sink, workers, progress=progress).make()
+        return sink.tensors
+
+
+class Tensors:
+    """A sink in memory."""
+
+    def __init__(self, specs: Mapping[str, Spec]) -> None:
+        self.tensors = {key: torch.empty(spec.shape, dtype=spec.dtype) for key, spec in specs.items()}
+
+    def write(self, key: str, start: int, values: Tensor) -> None:
+        self.tensors[key].view(-1)[start : start + values.numel()] = values
+
+    def copy(self, key: str, source: int, offset: int) -> bool:
+        return False
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
@@ -111,52 +167,67 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
-def runs(groups: list[MergeGroup], reader: Reader, progress: bool) -> Iterator[Run]:
-    """Every chunk of every output tensor, group after group."""
-    jobs = {g.output: job_of(g) for g in groups if g.method != COPY}
-    kin = lambda job: (job.group.method, repr(job.group.parameters))  # noqa: E731
-    settle_whole_model(list(jobs.values()), lambda job: reader.chunks(job.group, job.method.unit), kin)
-    total = sum(prod(g.shape) for g in groups)
-    with tqdm(total=total, unit="", unit_scale=True, desc="merge", disable=not progress) as bar:
-        for group in groups:
-            job = jobs.pop(group.output, None)
-            how = "copied" if job is None else "equal" if keeps_equal(job, reader) else "merged"
-            for start, values in merged(job, reader) if how == "merged" else copied(group, reader):
-                yield Run(group, start, values, how)
-                bar.update(values.numel())
+def share(jobs: list, specs: Mapping[str, Spec], shard_size: int, ranks: Ranks) -> set[str]:
+    """The outputs that this process makes. Processes of one machine share tensors; several machines share files, since
+    a network file system does not promise that two may write one file."""
+    units = split_shards(specs, shard_size) if ranks.machines > 1 else [[name] for name in specs]
+    sizes = {output_of(job).output: memory_of(job, 1 << 62) for job in jobs}
+    return set(shares(units, sizes.__getitem__, ranks.count)[ranks.index])
 
 
-def job_of(group: MergeGroup) -> Job:
-    """The group as its method sees it: with a base only where the method needs one."""
-    method = get_merge_method(group.method)
-    return Job(group if method.needs_base else replace(group, base=None), method)
+@dataclass
+class Run:
+    """One process's part of a merge: ``own`` outputs of all jobs, into a sink."""
 
+    jobs: list
+    own: set[str]
+    reader: Reader
+    sink: Sink
+    workers: Workers
+    manifest: Manifest | None = None
+    ranks: Ranks = ALONE
+    progress: bool = True
 
-def keeps_equal(job: Job, reader: Reader) -> bool:
-    """Whether all inputs, and the base if the method needs one, are the same bytes and the method keeps those."""
-    group = job.group
-    refs = (*group.inputs, *((group.base,) if group.base else ()))
-    return job.method.keeps_equal(group.parameters, group.weights) and reader.all_equal(group, refs)
+    def make(self) -> None:
+        """Serve what methods ask of the whole model, then make the tensors that are not finished yet."""
+        done = set() if self.manifest is None else set(self.manifest.done)
+        self.settle(done)
+        todo = [job for job in self.jobs if output_of(job).output in self.own - done]
+        todo.sort(key=lambda job: -prod(output_of(job).shape))  # the largest first: nobody is left with it at the end
+        elements = [prod(output_of(job).shape) for job in todo]
+        with tqdm(total=sum(elements), unit="", unit_scale=True, desc="merge", disable=self.disabled()) as bar:
+            lock = Lock()
 
+            def written(count: int) -> None:
+                with lock:
+                    bar.update(count)
 
-def copied(group: MergeGroup, reader: Reader) -> Iterator[tuple[int, Tensor]]:
-    for start, stop in reader.spans(group, "element"):
-        yield start, rounded(reader.stored(group.inputs[0], start, stop), group, reader)
+            maker = Maker(self.reader, self.sink, written)
+            cut = sum(size * 2 * self.workers.threads > sum(elements) for size in elements)
+            for job in todo[:cut]:  # larger than half of a worker's part: cut among all of them
+                self.finish(maker, job, self.workers.map)
+            self.workers.each(
+                lambda job: self.finish(maker, job, map), todo[cut:], lambda job: memory_of(job, self.reader.chunk_size)
+            )
 
+    def finish(self, maker: Maker, job: Any, run: Callable[..., Any]) -> None:
+        how = maker.make(job, run)
+        if self.manifest is not None:
+            self.manifest.add(output_of(job).output, how)
 
-def merged(job: Job, reader: Reader) -> Iterator[tuple[int, Tensor]]:
-    group, unit = job.group, job.method.unit
-    merge_chunk = complete(job.program, job.step, lambda: reader.chunks(group, unit), unit)
-    for chunk in reader.chunks(group, unit):
-        values = merge_chunk(chunk)
-        if values.shape != chunk.x.shape[1:]:
-            raise RuntimeError(f"{group.method} returned {tuple(values.shape)} for {tuple(chunk.x.shape[1:])}")
-        yield chunk.start, rounded(values.reshape(-1), group, reader)
+    def settle(self, done: set[str]) -> None:
+        """Sums over the whole model, for methods with a tensor left to make."""
+        kin = lambda job: (job.group.method, repr(job.group.parameters))  # noqa: E731
+        methods = [job for job in self.jobs if isinstance(job, Job)]
+        wanted = {kin(job) for job in methods if job.group.output not in done}
+        settle_whole_model(
+            [job for job in methods if kin(job) in wanted],
+            lambda job: self.reader.chunks(job.group, job.method.unit),
+            kin,
+            mine=lambda job: job.group.output in self.own,
+            run=self.workers.map,
+            exchange=self.ranks.exchange,
+        )
 
-
-def rounded(values: Tensor, group: MergeGroup, reader: Reader) -> Tensor:
-    """The one rounding, to the output dtype."""
-    result = values.to(group.dtype)
-    if reader.allow_nonfinite or not group.dtype.is_floating_point or all_finite(result):
-        return result
-    raise MergeError(f"{group.output}: values up to {values.abs().max():.4g} do not fit into {dtype_name(group.dtype)}")
+    def disabled(self) -> bool:
+        return not (self.progress and self.ranks.first)

@@ -7,10 +7,12 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .estimate import Estimate
 from .groups import COPY, MergeGroup, Sources
 from .planning import references
 from .recipe import Recipe
 from .tensors.dtypes import dtype_name
+from .tensors.sources import FileRecord
 
 
 class TensorReport(NamedTuple):
@@ -41,6 +43,8 @@ class MergeReport:
     seconds: float = 0.0
     bytes_written: int = 0
     how: dict[str, str] = field(default_factory=dict)  # output -> merged, copied or equal
+    resumed: int = 0  # tensors that an interrupted merge had finished
+    estimate: Estimate | None = None
 
     @property
     def parameters(self) -> int:
@@ -65,6 +69,8 @@ class MergeReport:
             "input_parameters": self.input_parameters,
             "seconds": self.seconds,
             "bytes_written": self.bytes_written,
+            "resumed": self.resumed,
+            "estimate": None if self.estimate is None else self.estimate.to_dict(),
             "tensors": [t._asdict() for t in self.tensors],
         }
 
@@ -80,6 +86,12 @@ class MergeReport:
         for (method, members, said, note), tensors in alike.items():
             settings = "; ".join(filter(None, (said, note)))
             lines.append(f"{len(tensors):>7}  {method:<20} {', '.join(members):<36} {settings}; {tensors[0].output}")
+        for i, rule in enumerate(self.recipe.rules, 1):
+            matched = [t.output for t in self.tensors if i in t.rules]
+            example = f", such as {matched[0]}" if matched else ""
+            lines.append(f"rule {i} ({' '.join(rule.match)}): {len(matched)} tensors{example}")
+        if self.estimate is not None:
+            lines.append(f"{len(self.tensors)} tensors: {self.estimate}")
         return "\n".join(lines)
 
 
@@ -95,13 +107,18 @@ def describe(recipe: Recipe, sources: Sources, groups: list[MergeGroup], config:
             for g in groups
         ],
         sources=[
-            {"role": role, "label": s.label, "revision": s.revision, "files": [f._asdict() for f in s.files]}
+            {"role": role, "label": s.label, "revision": s.revision, "files": [published(f) for f in s.files]}
             for role, s in sources.items()
         ],
         notes=[*recipe.notes, *observations(recipe, sources, groups)],
         config=config,
         input_parameters=sum(s.numel(key) for s in members for key in s),
     )
+
+
+def published(file: FileRecord) -> dict[str, Any]:
+    """What others may know of an input file."""
+    return {"name": file.name, "size": file.size, "sha256": file.sha256}
 
 
 def observations(recipe: Recipe, sources: Sources, groups: list[MergeGroup]) -> list[str]:
@@ -116,6 +133,7 @@ def observations(recipe: Recipe, sources: Sources, groups: list[MergeGroup]) -> 
     if integers:
         notes.append(f"{len(integers)} integer tensors are copied, not averaged, such as {integers[0]}")
     for role, source in sources.items():
+        notes += source.notes
         if source.ignored:
             notes.append(
                 f"{source.label} ({role}): beside the state dict and left out: {', '.join(source.ignored[:8])}"

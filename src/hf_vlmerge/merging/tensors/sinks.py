@@ -41,26 +41,42 @@ def atomic_folder(output: Path | str, *, overwrite: bool = False, fsync: bool = 
     refused unless ``overwrite``; then it is replaced by renaming, after everything is written and flushed. Of a link to
     a folder, the folder is replaced and the link stays.
     """
+    output = prepared(output, overwrite)
+    temporary = partial_folder(output, secrets.token_hex(4))
+    try:
+        temporary.mkdir()
+        yield temporary
+        publish(temporary, output, overwrite=overwrite, fsync=fsync)
+    except OSError as error:
+        raise explained(error, output) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def prepared(output: Path | str, overwrite: bool) -> Path:
+    """The output's real path, where it may be written; the folders above it exist."""
     output = Path(output).expanduser().resolve()
     refuse_existing(output, overwrite)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise MergeError(f"the output {output.name!r} cannot be made: a folder above it is a file") from None
-    temporary = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
-    try:
-        temporary.mkdir()
-        yield temporary
-        if fsync:
-            flush(temporary)
-        refuse_existing(output, overwrite)
-        replace_folder(temporary, output)
-        if fsync:
-            flush_directory(output.parent)
-    except OSError as error:
-        raise explained(error, output) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return output
+
+
+def partial_folder(output: Path, key: str) -> Path:
+    """The sibling that an output is written in, before it is renamed."""
+    return output.parent / f".{output.name}.partial-{key}"
+
+
+def publish(temporary: Path, output: Path, *, overwrite: bool, fsync: bool) -> None:
+    """Flush a finished folder and give it its name."""
+    if fsync:
+        flush(temporary)
+    refuse_existing(output, overwrite)
+    replace_folder(temporary, output)
+    if fsync:
+        flush_directory(output.parent)
 
 
 def refuse_existing(output: Path, overwrite: bool) -> None:
@@ -139,11 +155,11 @@ class SafetensorsSink:
     ) -> None:
         self.folder, self.specs = folder, specs
         self.total = sum(nbytes(*spec) for spec in specs.values())
-        free = shutil.disk_usage(folder).free
-        if self.total > free:
-            raise OSError(28, f"{self.total} bytes needed, {free} free")
         shards = split_shards(specs, parse_size(max_shard_size))
         names = shard_names(len(shards))
+        there = sum((folder / name).stat().st_blocks * 512 for name in names if (folder / name).exists())
+        if self.total - there > (free := shutil.disk_usage(folder).free):
+            raise OSError(errno.ENOSPC, f"{self.total - there} bytes needed, {free} free")
         self.places: dict[str, tuple[int, int]] = {}  # key -> (descriptor, byte offset)
         self.descriptors: list[int] = []
         for name, keys in zip(names, shards, strict=True):
@@ -167,7 +183,7 @@ class SafetensorsSink:
             end += size
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # it exists if an interrupted merge goes on
         self.descriptors.append(descriptor)
         os.truncate(descriptor, 8 + len(text) + end)
         write_at(descriptor, len(text).to_bytes(8, "little") + text, 0)
@@ -182,6 +198,17 @@ class SafetensorsSink:
         descriptor, offset = self.places[key]
         data = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         write_at(descriptor, memoryview(data), offset + start * dtype.itemsize)
+
+    def copy(self, key: str, source: int, offset: int) -> bool:
+        """Copy a whole tensor's bytes from another file's ``offset`` without taking them into memory."""
+        descriptor, place = self.places[key]
+        copy_bytes(source, offset, descriptor, place, nbytes(*self.specs[key]))
+        return True
+
+    def flush(self) -> None:
+        """Force what was written to disk."""
+        for descriptor in self.descriptors:
+            os.fsync(descriptor)
 
     def close(self) -> None:
         while self.descriptors:
@@ -199,6 +226,27 @@ def write_at(descriptor: int, data: Any, offset: int) -> None:
     while view:
         written = os.pwrite(descriptor, view[:CHUNK], offset)
         view, offset = view[written:], offset + written
+
+
+def copy_bytes(source: int, offset: int, target: int, place: int, count: int) -> None:
+    """Copy within the kernel, and share the blocks where the file system can; through memory where it cannot."""
+    kernel = hasattr(os, "copy_file_range")
+    while count:
+        done = 0
+        if kernel:
+            try:
+                done = os.copy_file_range(source, target, min(count, 1 << 30), offset, place)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+                    raise
+                kernel = False
+        if not done:
+            data = os.pread(source, min(count, CHUNK), offset)
+            if not data:
+                raise MergeError("an input became shorter while it was copied")
+            write_at(target, data, place)
+            done = len(data)
+        count, offset, place = count - done, offset + done, place + done
 
 
 def split_shards(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
