@@ -1,8 +1,13 @@
-"""Measuring distances between members, over the same groups and chunks that a merge walks."""
+"""Measuring distances between members, over the same groups and chunks that a merge walks.
 
-from collections.abc import Iterator, Mapping, Sequence
+All distances and pairs are taken in one pass: a chunk is read once, and every distance of every pair gets its part of
+it. A distance that first needs thresholds sees the tensor again; tensors up to HELD are kept for that in memory.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,14 +18,16 @@ from tqdm import tqdm
 from .errors import MergeError
 from .groups import COPY, MergeGroup
 from .planning import open_sources, plan
-from .program import Chunk, complete, single_thread, total
+from .program import Chunk, Request, Unit, partial_sums, resume, single_thread
 from .recipe import Member, Recipe
-from .registry import get_distance
+from .registry import Distance, get_distance, list_distances
 from .streaming import CHUNK_SIZE, Job, Reader, settle_whole_model
 from .tensors.sources import TensorSource
 from .weights import layer_of
 
 Pairs = Literal["each", "all"] | Sequence[tuple[str, str]]
+Reference = Literal["none", "base"]
+HELD = 1 << 26  # elements of all members of one tensor that are kept in memory between the passes over it
 
 
 class DistanceRow(NamedTuple):
@@ -35,13 +42,15 @@ class DistanceRow(NamedTuple):
 
 @dataclass
 class DistanceReport:
-    """Distances per layer and module, per layer, and in total. A pair is written ``vision-language``."""
+    """One distance per layer and module, per layer, per module over all layers, and in total. A pair is written
+    ``vision-language``."""
 
     metric: str
     parameters: dict[str, Any]
     reference: str
     rows: list[DistanceRow] = field(default_factory=list)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    modules: dict[str, dict[str, float]] = field(default_factory=dict)  # of the layers only
     total: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,6 +60,7 @@ class DistanceReport:
             "reference": self.reference,
             "total": self.total,
             "layers": self.layers,
+            "modules": self.modules,
             "rows": [row._asdict() for row in self.rows],
         }
 
@@ -73,48 +83,123 @@ def distance(
     *,
     metric: str = "ssd",
     base: str | None = None,
-    reference: Literal["none", "base"] = "none",
+    reference: Reference = "none",
     pairs: Pairs = "each",
     sources: Mapping[str, Any] | None = None,
     chunk_size: int = CHUNK_SIZE,
     progress: bool = True,
     **parameters: Any,
 ) -> DistanceReport:
-    """Measure how far members are apart.
+    """Measure how far members are apart by one metric.
 
     what: a recipe (path to ``.yaml``, mapping, :class:`Recipe`), one source whose experts are compared, or a list (or a
-    mapping by alias) of sources that are compared by name. metric: l2, cosine, ssd or tssd, with its ``parameters``.
+    mapping by alias) of sources that are compared by name. metric: a registered distance, with its ``parameters``.
     reference "none" measures the weights themselves, "base" the task (modality) vectors: members minus ``base``.
     pairs "each" takes every pair of members, "all" all members of a group at once, a list the pairs it names.
 
     Values of a layer and in total are those of all its entries taken as one vector, not means over tensors. Tensors
     that are not merged (no experts, kept by a rule, integers) do not count.
     """
-    method = get_distance(metric)
     recipe, given = as_recipe(what, base)
+    with open_sources(recipe, {**given, **(sources or {})}) as opened, single_thread():
+        groups = plan(recipe, opened)
+        reader = Reader(opened, chunk_size, seed=recipe.seed)
+        reports = measure(groups, reader, {metric: parameters}, reference=reference, pairs=pairs, progress=progress)
+    return reports[metric]
+
+
+def measure(
+    groups: Iterable[MergeGroup],
+    reader: Reader,
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    reference: Reference = "none",
+    pairs: Pairs = "each",
+    progress: bool = True,
+) -> dict[str, DistanceReport]:
+    """Measure groups by several distances (name -> parameters; default: all registered) in one pass over the inputs."""
+    metrics = {name: {} for name in list_distances()} if metrics is None else metrics
+    methods = {name: get_distance(name) for name in metrics}
     if reference not in ("none", "base"):
         raise MergeError(f"reference is 'none' or 'base', not {reference!r}")
-    if reference == "base" and recipe.base_model is None:
+    groups = list(groups)
+    if reference == "base" and not any(group.base for group in groups):
         raise MergeError("reference 'base' needs a base: give 'base' or a recipe with base_model")
-    with open_sources(recipe, {**given, **(sources or {})}) as opened, single_thread():
-        reader = Reader(opened, chunk_size, seed=recipe.seed)
-        jobs = []
-        for group in plan(recipe, opened):
-            for members in chosen_pairs(group, pairs):
-                if reference == "base" and group.base is None:
-                    raise MergeError(f"the base has no tensor {group.output}")
-                group = group if reference == "base" else replace(group, base=None)
-                jobs.append(Job(measured(group, members, method.bind(parameters, members)[0]), method))
-        if not jobs:
-            raise MergeError("nothing to compare: no tensor has the members that are to be compared")
-        chunks = lambda job: measured_chunks(job, reader, reference)  # noqa: E731
-        settle_whole_model(jobs, chunks, lambda job: job.group.members)
-        sums = []
-        for job in tqdm(jobs, desc=metric, disable=not progress):
-            terms, value = complete(job.program, job.step, lambda job=job: chunks(job), method.unit)
-            sums.append((job.group, total(terms, chunks(job), method.unit), value))
-    shown = {name: parameters.get(name, p.default) for name, p in method.parameters.items()}
-    return summarise(DistanceReport(metric, shown, reference), sums)
+    work = []
+    for group in groups:
+        whole = replace(group, base=group.base if reference == "base" else None, statistics=(), tokens=(), weights=())
+        chosen = chosen_pairs(group, pairs)
+        if chosen and reference == "base" and group.base is None:
+            raise MergeError(f"the base has no tensor {group.output}; of task vectors, every tensor needs it")
+        work.append([Pair.of(whole, members, m, metrics[m.name]) for members in chosen for m in methods.values()])
+    if not any(work):
+        raise MergeError("nothing to compare: no tensor has the members that are to be compared")
+    jobs = [pair for pairs_of_group in work for pair in pairs_of_group]
+    settle_whole_model(jobs, lambda pair: map(pair.part, chunks_of(pair, reader)), lambda p: (p.method.name, p.members))
+    sums: dict[str, list[Sums]] = {name: [] for name in metrics}
+    with tqdm(total=len(jobs), desc="distances", disable=not progress) as bar:
+        for pairs_of_group in filter(None, work):
+            for pair, totals in measured(pairs_of_group, reader):
+                sums[pair.method.name].append(Sums(pair.group, totals, pair.step.result[1]))
+                bar.update()
+    return {name: summarise(m, metrics[name], reference, sums[name]) for name, m in methods.items()}
+
+
+@dataclass
+class Pair(Job):
+    """One distance between chosen members of one group. ``whole``: the group with all its members, as it is read."""
+
+    whole: MergeGroup
+
+    @classmethod
+    def of(cls, whole: MergeGroup, members: tuple[str, ...], method: Distance, parameters: Mapping[str, Any]) -> "Pair":
+        bound, _ = method.bind(parameters, members)
+        inputs = tuple(whole.inputs[whole.members.index(m)] for m in members)
+        return cls(replace(whole, members=members, inputs=inputs, parameters=bound, base=None), method, whole)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return self.group.members
+
+    def part(self, chunk: Chunk) -> Chunk:
+        """These members' part of a chunk of all members; of two members it is a view."""
+        at = [self.whole.members.index(m) for m in self.members]
+        x = chunk.x[at[0] : at[1] + 1 : at[1] - at[0]] if len(at) == 2 and at[0] < at[1] else chunk.x[at]
+        return replace(chunk, x=x, members=self.members)
+
+
+def chunks_of(pair: Pair, reader: Reader) -> Iterator[Chunk]:
+    """The chunks of a whole group; of task vectors, where it has a base."""
+    for chunk in reader.chunks(pair.whole, pair.method.unit):
+        yield chunk if chunk.base is None else replace(chunk, x=chunk.deltas(), base=None)
+
+
+def measured(pairs: list[Pair], reader: Reader) -> Iterator[tuple[Pair, tuple[Tensor, ...]]]:
+    """The sums of every distance of one group. Whatever the pairs ask for next is answered for all of them at once."""
+    held: dict[Unit, list[Chunk]] = {}
+    if prod(pairs[0].whole.shape) * len(pairs[0].whole.members) <= HELD:
+        held = {unit: list(chunks_of(p, reader)) for unit, p in {p.method.unit: p for p in pairs}.items()}
+    while pairs:
+        sums: dict[int, tuple[Tensor, ...]] = {}
+        for unit, first in {p.method.unit: p for p in pairs}.items():
+            for chunk in held[unit] if held else chunks_of(first, reader):
+                for i, pair in enumerate(pairs):
+                    if pair.method.unit == unit:
+                        for part in partial_sums(wanted(pair), unit, pair.part(chunk)):
+                            sums[i] = tuple(a + b for a, b in zip(sums[i], part, strict=True)) if i in sums else part
+        waiting = []
+        for i, pair in enumerate(pairs):
+            if pair.step.request is None:
+                yield pair, sums[i]
+            else:
+                pair.step = resume(pair.program, sums[i])
+                waiting.append(pair)
+        pairs = waiting
+
+
+def wanted(pair: Pair) -> Request:
+    """What a distance wants summed next: what its program asks for, at last its own terms."""
+    return pair.step.result[0] if pair.step.request is None else pair.step.request
 
 
 def as_recipe(what: Any, base: str | None) -> tuple[Recipe, dict[str, Any]]:
@@ -150,18 +235,6 @@ def chosen_pairs(group: MergeGroup, pairs: Pairs) -> list[tuple[str, ...]]:
     return [tuple(pair) for pair in pairs if set(pair) <= set(group.members)]
 
 
-def measured(group: MergeGroup, members: tuple[str, ...], parameters: Mapping[str, Any]) -> MergeGroup:
-    """The group as a distance sees it: the chosen members alone, and the distance's parameters."""
-    inputs = dict(zip(group.members, group.inputs, strict=True))
-    chosen = tuple(inputs[m] for m in members)
-    return replace(group, members=members, inputs=chosen, parameters=parameters, statistics=(), tokens=(), weights=())
-
-
-def measured_chunks(job: Job, reader: Reader, reference: str) -> Iterator[Chunk]:
-    for chunk in reader.chunks(job.group, job.method.unit):
-        yield replace(chunk, x=chunk.deltas()) if reference == "base" else chunk
-
-
 def place(name: str) -> tuple[str, str]:
     """(layer, module) of a tensor: what follows the layer's index; outside layers the name without its last part."""
     layer = layer_of(name)
@@ -171,21 +244,35 @@ def place(name: str) -> tuple[str, str]:
     return f"{layer.prefix}.{layer.index}".lstrip("."), rest.partition(".")[0]
 
 
-def summarise(report: DistanceReport, sums: list[tuple[MergeGroup, tuple[Tensor, ...], Any]]) -> DistanceReport:
+class Sums(NamedTuple):
+    """What was summed for one distance of one group, and what turns such sums into a value."""
+
+    group: MergeGroup
+    totals: tuple[Tensor, ...]
+    value: Callable[..., Tensor]
+
+
+def summarise(method: Distance, parameters: Mapping[str, Any], reference: str, found: list[Sums]) -> DistanceReport:
     """Add sums up over modules, layers and everything, and turn each into its value."""
-    added: dict[tuple, tuple[tuple[Tensor, ...], Any, int]] = {}
-    for group, parts, value in sums:
-        pair, (layer, module) = "-".join(group.members), place(group.output)
-        for key in (("row", layer, module, pair), ("layer", layer, pair), ("total", pair)):
-            before, _, count = added.get(key, (None, value, 0))
-            now = parts if before is None else tuple(a + b for a, b in zip(before, parts, strict=True))
-            added[key] = (now, value, count + torch.Size(group.shape).numel())
-    for key, (parts, value, count) in added.items():
-        number = float(value(*parts))
-        if key[0] == "row":
-            report.rows.append(DistanceRow(*key[1:], number, count))
-        elif key[0] == "layer":
-            report.layers.setdefault(key[1], {})[key[2]] = number
+    shown = {name: parameters.get(name, p.default) for name, p in method.parameters.items()}
+    report = DistanceReport(method.name, shown, reference)
+    added: dict[tuple[str, ...], Sums] = {}
+    counts: dict[tuple[str, ...], int] = {}
+    for each in found:
+        pair, (layer, module) = "-".join(each.group.members), place(each.group.output)
+        for key in (("row", layer, module, pair), ("layer", layer, pair), ("module", module, pair), ("total", pair)):
+            if key[0] == "module" and not layer:
+                continue
+            before = added.get(key)
+            totals = each.totals if before is None else tuple(map(torch.add, before.totals, each.totals))
+            added[key] = each._replace(totals=totals)
+            counts[key] = counts.get(key, 0) + prod(each.group.shape)
+    for (kind, *where, pair), sums in added.items():
+        number = float(sums.value(*sums.totals))
+        if kind == "row":
+            report.rows.append(DistanceRow(*where, pair, number, counts[kind, *where, pair]))
+        elif kind == "total":
+            report.total[pair] = number
         else:
-            report.total[key[1]] = number
+            (report.layers if kind == "layer" else report.modules).setdefault(where[0], {})[pair] = number
     return report
