@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,9 +20,18 @@ def merge(
     no_fsync: Annotated[bool, typer.Option("--no-fsync", help="Do not wait for the disk at the end.")] = False,
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and Inf in inputs.")] = False,
     dtype: Annotated[str | None, typer.Option(help="dtype of the output, for example bfloat16.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Workers; the number of cores unless told.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Limit of working memory, for example 2GB; chunks and workers become fewer.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    device: Annotated[str, typer.Option(help="Where chunks are merged: cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ):
     """Merge what a recipe names, and write a folder that `from_pretrained` loads, with a model card.
+
+    A merge that was stopped goes on where it was when the same command runs again. Under `accelerate launch` or
+    `torchrun` the processes share the work.
 
     \b
     Example: hf-vlmerge merge hub_configs/recipes/interpolation.yaml merged --dry-run
@@ -50,7 +61,15 @@ def merge(
         dry_run=dry_run,
         allow_nonfinite=allow_nonfinite,
         fsync=not no_fsync,
+        threads=threads,
+        max_memory=max_memory,
+        max_shard_size=max_shard_size,
+        device=device,
+        distributed=True,
+        progress=sys.stderr.isatty(),
     )
+    if int(os.environ.get("RANK", 0)):
+        return
     if as_json:
         print(json.dumps(report.to_dict(), indent=2, default=str))
         return
@@ -59,6 +78,8 @@ def merge(
     if dry_run:
         print(report.table())
         return
+    if report.resumed:
+        print(f"{report.resumed} tensors were finished by an earlier run")
     counts = ", ".join(f"{number} {what}" for what, number in report.counts.items())
     print(
         f"{out}: {report.parameters:,} parameters from {report.input_parameters:,} ({counts}), {report.seconds:.1f} s"
