@@ -99,15 +99,24 @@ def test_slerp_keeps_to_the_great_circle_and_turns_linear_when_nearly_parallel()
         slerp([A, B, C])
 
 
-# Laws over the registry. Each method gets two members, a base, and Gram matrices where it wants them.
+# Laws over the registry. Each method gets two members (or one, if it takes no more), a base, and statistics where it
+# wants them.
 def call(name, tensors, base, **options):
     method = get_merge_method(name)
+    return method(few(method, tensors), base=base, **statistics(method, few(method, tensors)), **options)
+
+
+def few(method, tensors):
+    return tensors[: method.members[1]]
+
+
+def statistics(method, tensors):
+    shape = tensors[0].shape
+    if method.statistics == "gram" and len(shape) == 2:
+        return {"statistics": [torch.eye(shape[1]) + k for k, _ in enumerate(tensors)]}
     if method.statistics == "fisher":
-        options["statistics"] = [torch.ones(t.shape) + k for k, t in enumerate(tensors)]
-    elif method.statistics and tensors[0].ndim == 2:
-        width = tensors[0].shape[1]
-        options["statistics"] = [torch.eye(width) + k for k, _ in enumerate(tensors)]
-    return method(tensors, base=base, **options)
+        return {"statistics": [torch.full(shape, 1.0 + k) for k, _ in enumerate(tensors)]}
+    return {}
 
 
 @pytest.fixture(params=list_merge_methods())
@@ -116,17 +125,21 @@ def name(request):
 
 
 def test_the_registry_knows_the_methods_of_this_room():
-    expected = {"linear", "interpolation", "task_arithmetic", "modality_arithmetic", "regmean", "slerp"}
-    assert expected <= set(list_merge_methods())
+    expected = """
+        linear slerp nuslerp multislerp karcher interpolation task_arithmetic modality_arithmetic ties dare_linear
+        dare_ties della della_linear breadcrumbs breadcrumbs_ties model_stock sce consensus arcee_fusion nearswap
+        passthrough regmean
+    """
+    assert set(expected.split()) <= set(list_merge_methods())
 
 
 def test_shape_and_dtype_are_kept_and_inputs_untouched(name):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for shape in ((4, 6), (6,), (2, 3, 2, 2), ()):
+        for shape in ((4, 6), (6,), (2, 3, 2, 2), (1,), ()):
             tensors = [torch.randn(shape).to(dtype) for _ in range(3)]
             before = [t.clone() for t in tensors]
             result = call(name, tensors[:2], tensors[2])
-            assert result.shape == torch.Size(shape) and result.dtype == dtype
+            assert result.shape == torch.Size(shape) and result.dtype == dtype and result.isfinite().all()
             assert all(t.equal(b) for t, b in zip(tensors, before, strict=True))
             assert all(result.data_ptr() != t.data_ptr() for t in tensors)
 
@@ -137,12 +150,14 @@ def test_members_equal_to_the_base_give_the_base(name):
 
 
 def test_equal_members_give_that_member_unless_the_method_moves_away_from_a_base(name):
-    x = torch.randn(5, 6)
-    if get_merge_method(name).needs_base:
-        x_base = x - 1.0
-        assert not torch.allclose(call(name, [x, x], x_base, scale=0.1), x)
-    else:
+    x, method = torch.randn(5, 6), get_merge_method(name)
+    if not method.needs_base:
         torch.testing.assert_close(call(name, [x, x], None), x, rtol=1e-6, atol=1e-6)
+    elif "scale" in method.parameters:
+        assert not torch.allclose(call(name, [x, x], x - 1.0, scale=0.1), x)
+    else:  # somewhere on the way
+        result = call(name, [x, x], x - 1.0)
+        assert ((result > x - 1 - 1e-6) & (result < x + 1e-6)).all()
 
 
 def test_the_same_call_gives_the_same_bits(name):
@@ -161,11 +176,17 @@ def test_a_method_that_needs_a_base_says_so(name):
 
 def test_every_parameter_is_typed_has_a_default_and_is_explained(name):
     method = get_merge_method(name)
-    assert method.summary
+    assert method.summary and method.cost
     for parameter in method.parameters.values():
         assert parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
         assert parameter.annotation is not parameter.empty
         assert f"{parameter.name}: " in method.function.__doc__
+
+
+def test_the_variant_of_another_tool_is_said_in_the_methods_own_parameters(name):
+    method = get_merge_method(name)
+    bound, _ = method.bind(method.mergekit, ["a"] * method.members[0])
+    assert set(method.mergekit) <= set(bound)
 
 
 def test_unknown_parameters_name_the_nearest_one():
@@ -202,17 +223,49 @@ def test_aliases_of_parameters():
     close(get_merge_method("linear")([A, B], weight=[0, 1]), B.tolist())
 
 
+def engine_inputs(method, shape):
+    """A recipe for the engine, its sources, and the same for a plain call."""
+    tensors = {key: {"layer.weight": torch.randn(shape)} for key in ("a", "b", "base")}
+    models = few(method, ["a", "b"])
+    options = statistics(method, [tensors[m]["layer.weight"] for m in models])
+    for key, values in zip(models, options.get("statistics", ()), strict=False):
+        tensors[f"{key}-statistics"] = {f"{method.statistics}.layer.weight": values}
+    entries = [{"model": m} | ({"statistics": f"{m}-statistics"} if options else {}) for m in models]
+    recipe = {"merge_method": method.name, "models": entries, "base_model": "base"}
+    return recipe, tensors, [tensors[m]["layer.weight"] for m in models], options
+
+
 def test_the_engine_and_the_plain_call_agree(name):
-    tensors = {key: {"layer.weight": torch.randn(30, 40)} for key in ("a", "b", "base")}
     method = get_merge_method(name)
-    given = torch.ones(30, 40) if method.statistics == "fisher" else torch.eye(40) + 0.5
-    statistics = {f"{method.statistics}.layer.weight": given}
-    recipe = {"merge_method": name, "models": ["a", "b"], "base_model": "seed", "statistics": "grams"}
-    given = {"a": tensors["a"], "b": tensors["b"], "seed": tensors["base"], "grams": statistics}
-    merged = merge_tensors(recipe, given)["layer.weight"]
-    options = {"statistics": [*statistics.values()] * 2} if method.statistics else {}
-    inputs = [tensors["a"]["layer.weight"], tensors["b"]["layer.weight"]]
-    assert merged.equal(method(inputs, base=tensors["base"]["layer.weight"], **options))
+    recipe, sources, inputs, options = engine_inputs(method, (30, 40))
+    merged = merge_tensors(recipe, sources)["layer.weight"]
+    base = sources["base"]["layer.weight"]
+    assert merged.equal(method(inputs, base=base, name="layer.weight", members=few(method, ["a", "b"]), **options))
+
+
+VARIANTS = [
+    *((name, {}) for name in list_merge_methods() if get_merge_method(name).unit != "tensor"),
+    *((name, {"compat": "mergekit"}) for name in list_merge_methods() if get_merge_method(name).mergekit),
+    ("ties", {"parameters": {"scope": "tensor", "zero_sign": "majority", "rescale": True}}),
+    ("ties", {"parameters": {"scope": "global", "zero_sign": "majority"}}),
+    ("breadcrumbs", {"parameters": {"ranked_over": "row"}}),
+    ("breadcrumbs", {"parameters": {"rescale": True}}),
+    ("model_stock", {"parameters": {"filter_wise": True}}),
+    ("nuslerp", {"parameters": {"along": "row"}}),
+    ("nuslerp", {"parameters": {"along": "column"}}),
+    ("della", {"parameters": {"rescale_by": "l1"}}),
+    ("dare_ties", {"parameters": {"rescale_by": "l1", "density": 0.3}}),
+    ("sce", {"parameters": {"selection": "weights"}}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=lambda v: v if isinstance(v, str) else str(v))
+def test_chunks_of_any_size_give_the_same_bits(name, changes):
+    recipe, sources, *_ = engine_inputs(get_merge_method(name), (331, 600))  # four blocks
+    whole, *chunked = (
+        merge_tensors(recipe | changes, sources, chunk_size=size)["layer.weight"] for size in (1 << 20, 1, 3 << 16)
+    )
+    assert all(each.equal(whole) for each in chunked)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
     python tests/peer/record.py tests/golden
 
-Writes `mergekit.safetensors`: tensors `<checkpoint>/<name>` of three tiny Llama-like inputs (a, b, base) and of every
-merge (named as its recipe). The inputs are stored too, so the comparison does not depend on a random generator.
+Writes `mergekit.safetensors`: tensors `<checkpoint>/<name>` of tiny Llama-like inputs and of every merge (named as its
+recipe). The inputs are stored too, so the comparison does not depend on a random generator. a, b and base are unrelated
+float32 checkpoints; tuned_a, tuned_b and tuned_c are bfloat16 and near their base, seed, as fine-tuned models are.
 """
 
 import json
@@ -24,6 +25,7 @@ CONFIG = {
     "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 10,
     "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 16, "hidden_act": "silu",
 }  # fmt: skip
+TUNED = ("tuned_a", "tuned_b", "tuned_c")
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -40,21 +42,31 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return names
 
 
-def main(output: Path) -> None:
+def checkpoints() -> dict[str, dict[str, torch.Tensor]]:
+    """The inputs: three unrelated ones, and one with three that were tuned from it."""
     generator = torch.Generator().manual_seed(0)
+    noise = lambda: {key: torch.randn(shape, generator=generator) for key, shape in shapes().items()}  # noqa: E731
+    made = {name: noise() for name in ("a", "b", "base")}
+    seed = {key: (0.02 * value).bfloat16() for key, value in noise().items()}
+    for name in TUNED:
+        made[name] = {key: (seed[key] + 0.002 * value).bfloat16() for key, value in noise().items()}
+    return {**made, "seed": seed}
+
+
+def main(output: Path) -> None:
     recorded: dict[str, torch.Tensor] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for checkpoint in ("a", "b", "base"):
-            tensors = {key: torch.randn(shape, generator=generator) for key, shape in shapes().items()}
+        for checkpoint, tensors in checkpoints().items():
             (folder / checkpoint).mkdir()
             save_file(tensors, folder / checkpoint / "model.safetensors", metadata={"format": "pt"})
             (folder / checkpoint / "config.json").write_text(json.dumps(CONFIG))
             recorded |= {f"{checkpoint}/{key}": tensor for key, tensor in tensors.items()}
+        options = MergeOptions(copy_tokenizer=False, random_seed=0)
         for path in sorted(RECIPES.glob("*.yaml")):
             recipe = with_paths(yaml.safe_load(path.read_text()), folder)
             merged = folder / path.stem
-            run_merge(MergeConfiguration.model_validate(recipe), str(merged), MergeOptions(copy_tokenizer=False))
+            run_merge(MergeConfiguration.model_validate(recipe), str(merged), options)
             for shard in merged.glob("*.safetensors"):
                 recorded |= {f"{path.stem}/{key}": tensor for key, tensor in load_file(shard).items()}
     output.mkdir(parents=True, exist_ok=True)

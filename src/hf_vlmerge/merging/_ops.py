@@ -1,26 +1,35 @@
 """Arithmetic shared by methods and distances. Every function gives the same bits for every chunk size.
 
 Sums over members are written as loops of ``*`` and ``+``: matrix products and fused multiply-adds may differ in the
-last bit with the length of a chunk.
+last bit with the length of a chunk. Masks are float tensors of zeros and ones (``ge_``, ``gt_``): torch compares into
+floats several times faster than into bool, and multiplies by them faster still. A name that ends in ``_`` works in
+place.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from itertools import combinations_with_replacement
-from typing import Literal
+from math import sqrt
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .registry import Chunk, MergeError, Reduce, WholeModel
+from .registry import Chunk, Counts, MergeError, Program, WholeModel
 
 Scope = Literal["tensor", "global"]
+Values = Callable[[Chunk], Tensor]  # what a program asks about: (rows, n), for example one row a member
 
 
-def weighted_sum(x: Tensor, weights: Sequence[float]) -> Tensor:
-    """Sum of ``weights[i] * x[i]`` in member order; x (members, ...)."""
+# Sums over members
+
+
+def weighted_sum(x: Tensor, weights: Sequence[float | Tensor]) -> Tensor:
+    """Sum of ``weights[i] * x[i]`` in member order; x (members, ...). Tensor weights must broadcast to ``x[0]``."""
     result = x[0] * weights[0]
     for member, weight in zip(x[1:], weights[1:], strict=True):
-        result += member * weight
+        result += member if isinstance(weight, float) and weight == 1 else member * weight
     return result
 
 
@@ -37,50 +46,378 @@ def normalized(weights: Sequence[float]) -> list[float]:
     return [w / total for w in weights]
 
 
+def weigh_(x: Tensor, weights: Sequence[float]) -> Tensor:
+    """``weights[i] * x[i]`` for every member."""
+    for member, weight in zip(x, weights, strict=True):
+        if weight != 1:
+            member.mul_(weight)
+    return x
+
+
+# Inner products
+
+
+def from_base(c: Chunk) -> Tensor:
+    """Members minus the base where there is one, else the members."""
+    return c.x if c.base is None else c.deltas()
+
+
 def dots(c: Chunk) -> tuple[Tensor]:
     """Reduction: inner products of all members, (members, members) float64."""
-    x, count = c.x.double(), len(c.members)
-    gram = torch.empty(count, count, dtype=torch.float64)
+    return (products(c.x),)
+
+
+def dots_from_base(c: Chunk) -> tuple[Tensor]:
+    """Reduction: inner products of all members minus the base (where there is one), (members, members) float64."""
+    return (products(from_base(c)),)
+
+
+def products(x: Tensor, dim: int | None = None) -> Tensor:
+    """Inner products of x[i] and x[j] over everything or over one dimension of a member: (members, members, ...)."""
+    x, count = x.double(), len(x)
+    rows = [
+        [(x[i] * x[j]).sum() if dim is None else (x[i] * x[j]).sum(dim) for j in range(i + 1)] for i in range(count)
+    ]
+    gram = torch.empty(count, count, *rows[0][0].shape, dtype=torch.float64, device=x.device)
     for i, j in combinations_with_replacement(range(count), 2):
-        gram[i, j] = gram[j, i] = (x[i] * x[j]).sum()
-    return (gram,)
+        gram[i, j] = gram[j, i] = rows[j][i]
+    return gram
 
 
-def kth_magnitude(keep: Sequence[float], scope: Scope) -> Generator[Reduce | WholeModel, tuple[Tensor, ...], Tensor]:
+# Order statistics of magnitudes, exactly
+
+INFINITY = 0x7F800000  # as the bits of a float32; the bits of non-negative values are ordered like the values
+BINS = 1 << 12
+OCTAVE, FIRST, SAMPLED = 7, 79 << 7, 1 << 13  # bins an octave as a power of two; 64 octaves from 2^-48 on
+STRIDE = 17  # odd: columns of a matrix are sampled evenly
+
+
+class Bracket(NamedTuple):
+    """Bit patterns ``low`` to ``high``, both included, among which the value of ``rank`` (1: the largest) is sought."""
+
+    rank: int
+    low: int
+    high: int
+
+    @property
+    def shift(self) -> int:
+        """Patterns share a bin where they agree but for this many bits."""
+        return max(0, (self.high - self.low).bit_length() - BINS.bit_length() + 1)
+
+
+def magnitudes(c: Chunk) -> Tensor:
+    """|members|, one row a member."""
+    return c.x.abs()
+
+
+def delta_magnitudes(c: Chunk) -> Tensor:
+    """|members - base|, one row a member."""
+    return c.deltas().abs_()
+
+
+def kth_magnitude(
+    keep: Sequence[float], scope: Scope, values: Values = magnitudes
+) -> Generator[Any, tuple[Tensor, ...], Tensor]:
     """Program: the smallest magnitude among the ``keep`` share of largest ones, exactly, (members,) float32.
 
-    The bits of a non-negative float32 are ordered like its value, so two histograms find the k-th largest one:
-    of the upper 16 bits, then of the lower 15 bits within the bin that holds it. k = max(1, int(keep * entries)).
+    Its rank is k = max(1, int(keep * entries)); of a share of 0 it is infinity.
     """
-    ask = WholeModel if scope == "global" else (lambda reduce: reduce)
-    (counts,) = yield ask(lambda c: (_histogram(_bits(c) >> 15, 1 << 16),))
-    ranks = [max(1, int(share * count)) for share, count in zip(keep, counts.sum(1).tolist(), strict=True)]
-    upper, rest = _descend(counts, ranks)
-
-    def within(c: Chunk) -> tuple[Tensor]:
-        bits = _bits(c)
-        return (_histogram([b[b >> 15 == u] & 0x7FFF for b, u in zip(bits, upper, strict=True)], 1 << 15),)
-
-    (counts,) = yield ask(within)
-    lower, _ = _descend(counts, rest)
-    bits = [(u << 15) | low for u, low in zip(upper, lower, strict=True)]
-    return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    ranks = lambda row, entries: [max(1, int(keep[row] * entries)) if keep[row] > 0 else 0]  # noqa: E731
+    return (yield from kth_largest(values, ranks, scope))[:, 0]
 
 
-def _bits(c: Chunk) -> Tensor:
-    return c.x.abs().contiguous().view(torch.int32).flatten(1)
+def kth_largest(
+    values: Values, ranks: Callable[[int, int], list[int]], scope: Scope = "tensor", *, rows: bool = False
+) -> Generator[Any, tuple[Tensor, ...], Tensor]:
+    """Program: the values of given ranks, exactly, (rows, ranks) float32; values are not negative.
+
+    ``ranks(row, entries)`` names the ranks that are wanted of a row, 1 for the largest; for rank 0 the answer is
+    infinity. ``rows``: a value depends on its whole row, not on its own entry alone.
+
+    A sample of the entries gives a bracket for each rank. Passes over all entries then count what lies above a bracket
+    and what falls into each of its bins, and narrow it to one bin, until it holds one bit pattern. A bracket that
+    misses is found out by its own counts, so the sample can cost a pass, never the result.
+    """
+    ask = (lambda reduce: WholeModel(Counts(reduce))) if scope == "global" else Counts
+    flat = (lambda c: c) if rows else flattened
+    counts, sizes = yield ask(lambda c: sample(values, flat(c)))
+    brackets = [
+        [first_bracket(row, size, rank) for rank in ranks(i, size)]
+        for i, (row, size) in enumerate(zip(counts.numpy(), sizes.tolist(), strict=True))
+    ]
+    while any(b.low < b.high for row in brackets for b in row):
+        (found,) = yield ask(lambda c: (count(values(flat(c)), brackets),))  # noqa: B023 - used before it changes
+        brackets = [
+            [narrowed(b, n) for b, n in zip(row, counted, strict=True)]
+            for row, counted in zip(brackets, found.numpy(), strict=True)
+        ]
+    return torch.tensor([[b.low for b in row] for row in brackets], dtype=torch.int32).view(torch.float32)
 
 
-def _histogram(values: Sequence[Tensor], bins: int) -> Tensor:
-    return torch.stack([torch.bincount(v, minlength=bins) for v in values])
+def flattened(c: Chunk) -> Chunk:
+    """The chunk as unit "element" shows it."""
+    return c if c.x.ndim == 2 else replace(c, x=c.x.flatten(1), base=None if c.base is None else c.base.flatten())
 
 
-def _descend(counts: Tensor, ranks: Sequence[int]) -> tuple[list[int], list[int]]:
-    """For each row: the bin that holds the rank-th largest value, and its rank within that bin."""
-    above = counts.flip(1).cumsum(1).flip(1)  # values in this bin or a higher one
-    found = [int((row >= rank).nonzero().max()) for row, rank in zip(above, ranks, strict=True)]
-    rest = [rank - int(row[b] - n[b]) for row, n, b, rank in zip(above, counts, found, ranks, strict=True)]
-    return found, rest
+def sample(values: Values, c: Chunk) -> tuple[Tensor, Tensor]:
+    """Counts of every STRIDE-th value by its upper bits (rows, SAMPLED), and the number of all values (rows,)."""
+    step = STRIDE if c.x[0].numel() >= BINS * 4 and c.x.shape[1] > 4 * STRIDE else 1
+    size = c.x[0].numel()
+    if step > 1:
+        c = replace(c, x=c.x[:, ::step], base=None if c.base is None else c.base[::step])
+    bins = (bit_patterns(values(c)) >> (23 - OCTAVE)).sub_(FIRST).clamp_(0, SAMPLED - 1)
+    counts = torch.stack([torch.bincount(row, minlength=SAMPLED) for row in bins])
+    return counts, torch.full((len(bins),), size)
+
+
+def bit_patterns(values: Tensor) -> Tensor:
+    return values.flatten(1).contiguous().cpu().view(torch.int32)
+
+
+def first_bracket(counts: np.ndarray, size: int, rank: int) -> Bracket:
+    """Where the value of a rank should lie, by the sample's counts: four standard deviations to either side."""
+    sampled = int(counts.sum())
+    if rank < 1 or not sampled:
+        return Bracket(rank, INFINITY, INFINITY)
+    share = min(rank / size, 1.0)
+    margin = 0.0 if sampled == size else 4 * sqrt(sampled * share * (1 - share)) + 2
+    above = np.cumsum(counts[::-1])  # from the largest bin down
+    upper, lower = (
+        SAMPLED - 1 - int(np.searchsorted(above, min(max(share * sampled + side, 1), sampled)))
+        for side in (-margin, margin)
+    )
+    low = 0 if lower == 0 else (FIRST + lower) << (23 - OCTAVE)
+    high = INFINITY if upper == SAMPLED - 1 else ((FIRST + upper + 1) << (23 - OCTAVE)) - 1
+    return Bracket(rank, low, high)
+
+
+def count(values: Tensor, brackets: Sequence[Sequence[Bracket]]) -> Tensor:
+    """For each row and bracket how many values lie above it, then how many in each of its bins.
+
+    (rows, ranks, 1 + BINS). On the host, in NumPy: its comparisons into bool and selections by bool are much faster.
+    """
+    result = np.zeros((len(brackets), max(map(len, brackets), default=0), 1 + BINS), np.int64)
+    for row, own, out in zip(values.flatten(1).cpu().numpy(), brackets, result, strict=True):
+        for b, place in zip(own, out, strict=True):
+            if b.low == b.high:
+                continue
+            low, high = np.array([b.low, b.high], np.int32).view(np.float32)
+            above = row > high
+            inside = np.logical_xor(row >= low, above)
+            patterns = torch.from_numpy(row[inside].view(np.int32)).sub_(b.low)
+            place[0] = np.count_nonzero(above)
+            place[1:] = torch.bincount(patterns >> b.shift, minlength=BINS)
+    return torch.from_numpy(result)
+
+
+def narrowed(b: Bracket, counted: np.ndarray) -> Bracket:
+    """The bin of the bracket that holds the rank, or what lies above or below a bracket that missed."""
+    if b.low == b.high:
+        return b
+    above = counted[0] + np.cumsum(counted[:0:-1])  # values in this bin or a higher one, from the highest down
+    if b.rank <= counted[0]:
+        return b._replace(low=b.high + 1, high=INFINITY)
+    if b.rank > above[-1]:
+        return b._replace(low=0, high=max(b.low - 1, 0))
+    low = b.low + ((BINS - 1 - int(np.searchsorted(above, b.rank))) << b.shift)
+    return b._replace(low=low, high=min(b.high, low + (1 << b.shift) - 1))
+
+
+# Sparse task vectors
+
+
+def check_shares(name: str, shares: Sequence[float]) -> None:
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise MergeError(f"{name} is a share from 0 to 1, not {share:g}")
+
+
+def as_factor(mask: Tensor) -> Tensor:
+    """A bool mask as zeros and ones in float32."""
+    return mask.view(torch.uint8).to(torch.float32)
+
+
+def trim_(tau: Tensor, least: Tensor, most: Tensor | None = None) -> Tensor:
+    """Set what is smaller than each member's ``least`` magnitude, or larger than its ``most``, to zero."""
+    for i, vector in enumerate(tau):
+        magnitude = vector.abs()
+        kept = torch.ge(magnitude, least[i].item(), out=torch.empty_like(magnitude))
+        if most is not None:
+            kept.mul_(magnitude.le_(most[i].item()))
+        vector.mul_(kept)
+    return tau
+
+
+RescaleBy = Literal["probability", "l1"]
+
+
+def drop_(tau: Tensor, c: Chunk, density: Sequence[float], rescale: bool) -> Tensor:
+    """Keep each entry with its member's probability; with ``rescale``, divide by it."""
+    for vector, member, share in zip(tau, c.members, density, strict=True):
+        if share < 1:
+            vector.mul_(as_factor(c.keep(member, share)))
+        if rescale and 0 < share < 1:
+            vector.div_(share)
+    return tau
+
+
+RankedOver = Literal["tensor", "row"]
+
+
+def breadcrumbs_window(density: Sequence[float], gamma: Sequence[float], over: RankedOver) -> Program:
+    """Program: a function that gives a chunk's task vectors without their largest and smallest entries.
+
+    Of n entries the min(int(gamma n), n - kept) largest are dropped, the next kept = int(density n) stay.
+    """
+
+    def window(member: int, n: int) -> list[int]:
+        kept = int(density[member] * n)
+        dropped = min(int(gamma[member] * n), n - kept)
+        return [dropped + 1 if dropped else 0, dropped + kept if kept else 0]  # rank 0: no limit above, nothing below
+
+    if over == "tensor":
+        limits = yield from kth_largest(delta_magnitudes, window)
+        return lambda c: trim_(c.deltas(), limits[:, 1], limits[:, 0])
+
+    def within_rows(c: Chunk) -> Tensor:
+        tau = c.deltas()
+        for i, rows in enumerate(tau):
+            ordered = -np.sort(-rows.abs().cpu().numpy(), axis=1)
+            ranks = window(i, rows.shape[1])
+            most, least = (torch.from_numpy(ordered[:, rank - 1 : rank]) if rank else torch.inf for rank in ranks)
+            magnitude = rows.abs()
+            rows.mul_((magnitude >= least) & (magnitude <= most))
+        return tau
+
+    return within_rows
+
+
+def check_window(density: Sequence[float], epsilon: Sequence[float]) -> None:
+    check_shares("density", density)
+    for d, e in zip(density, epsilon, strict=True):
+        if 0 < d < 1 and not (e >= 0 and d - e > 0 and d + e <= 1):
+            raise MergeError(f"density - epsilon and density + epsilon are probabilities, not {d - e:g} and {d + e:g}")
+
+
+def magprune_(tau: Tensor, c: Chunk, density: Sequence[float], epsilon: Sequence[float], rescale: bool) -> Tensor:
+    """Keep each entry with a probability that grows with the rank of its magnitude in its row, from density - epsilon
+    to density + epsilon; with ``rescale``, divide by it. tau (members, rows, columns)."""
+    for vector, member, d, e in zip(tau, c.members, density, epsilon, strict=True):
+        if 0 < d < 1:
+            probability = by_rank(vector, d - e, d + e)
+            vector.mul_(as_factor(c.keep(member, probability)))
+            if rescale:
+                vector.div_(probability)
+        elif d == 0:
+            vector.zero_()
+    return tau
+
+
+def by_rank(rows: Tensor, first: float, last: float) -> Tensor:
+    """Numbers from ``first`` to ``last`` by the rank of each entry's magnitude in its row, exactly; of equal ones the
+    earlier ranks lower. A key holds the bits of a magnitude and its column, so that sorting keys ranks the columns."""
+    width = rows.shape[1]
+    places = max(1, (width - 1).bit_length())
+    keys = (
+        rows.abs().cpu().view(torch.int32).to(torch.int64).bitwise_left_shift_(places).bitwise_or_(torch.arange(width))
+    )
+    keys.numpy().sort(axis=1)
+    steps = torch.linspace(first, last, width, dtype=torch.float64) if width > 1 else torch.tensor([(first + last) / 2])
+    columns = keys.bitwise_and_((1 << places) - 1)
+    return torch.empty(rows.shape).scatter_(1, columns, steps.float().expand(rows.shape)).to(rows.device)
+
+
+def l1_factors(sparse: Values, wanted: bool = True) -> Program:
+    """Program: by what to multiply each member's sparse vector so that its L1 norm over the tensor is that of the
+    whole task vector (mergekit's rescaling; norms below 1e-7 stay as they are). Ones unless ``wanted``."""
+
+    def norms(c: Chunk) -> tuple[Tensor]:
+        before, after = c.deltas().abs_().double(), sparse(c).abs().double()
+        return (torch.stack([before.flatten(1).sum(1), after.flatten(1).sum(1)], 1),)
+
+    if not wanted:
+        return None
+    (sums,) = yield norms
+    return [before / after if min(before, after) >= 1e-7 else 1.0 for before, after in sums.tolist()]
+
+
+def rescale_(tau: Tensor, factors: Sequence[float] | None) -> Tensor:
+    """Multiply by :func:`l1_factors`, if any."""
+    return tau if factors is None else weigh_(tau, factors)
+
+
+# Election of signs
+
+Elect = Literal["unweighted", "weighted"]
+Mean = Literal["counts", "weights"]
+ZeroSign = Literal["none", "positive", "majority"]
+
+
+def elected_signs(tau: Tensor, zero: float = 0.0) -> Tensor:
+    """The sign of the sum over members: 1, -1, and ``zero`` where the sum is zero."""
+    signs = weighted_sum(tau, [1.0] * len(tau)).sign_()
+    if zero:
+        signs.sub_(signs.abs().sub_(1), alpha=zero)
+    return signs
+
+
+def sign_of_zero(rule: ZeroSign, sparse: Values, scope: Scope) -> Program:
+    """Program: the sign given to sums that are zero. ``none``: no sign, as in the formula; ``positive``; ``majority``:
+    the sign that most other entries elected, over the tensor or the model."""
+    if rule != "majority":
+        return {"none": 0.0, "positive": 1.0}[rule]
+
+    def votes(c: Chunk) -> tuple[Tensor]:
+        return (elected_signs(sparse(c)).long().sum().expand(len(c.members)).clone(),)  # one row a member
+
+    (sums,) = yield WholeModel(Counts(votes)) if scope == "global" else Counts(votes)
+    return float(sums[0].sign())
+
+
+def elect_and_merge_(
+    tau: Tensor, weights: Sequence[float], *, elect: str, normalize: bool, mean: str, zero: float = 0.0
+) -> Tensor:
+    """Steps 2 and 3 of TIES on sparse task vectors, which are used up: elect signs, then merge what has them.
+
+    elect: whether the ``weighted`` or the ``unweighted`` vectors are summed for the election. normalize: the merged
+    vector is a mean, divided by the ``counts`` of agreeing members or by the sum of their ``weights`` (``mean``), else
+    a sum. zero: the sign of sums that are zero.
+    """
+    if elect == "weighted":
+        weigh_(tau, weights)
+    signs = elected_signs(tau, zero)
+    divide_by = {"counts": [1.0] * len(weights), "weights": weights}[mean] if normalize else None
+    return disjoint_sum_(tau, signs, weights if elect == "unweighted" else None, divide_by)
+
+
+def disjoint_sum_(
+    tau: Tensor,
+    signs: Tensor,
+    weights: Sequence[float] | None = None,
+    divide_by: Sequence[float] | None = None,
+    floor: float = 0.0,
+) -> Tensor:
+    """Sum of the members' entries that have the elected sign, times ``weights``; the members are used up.
+
+    ``divide_by``: the sum is divided by the sum of these numbers over the same members (of ones: by their count), or by
+    ``floor`` where that is more.
+    """
+    total, share = torch.zeros_like(signs), None if divide_by is None else torch.zeros_like(signs)
+    for i, vector in enumerate(tau):
+        agreeing = vector.mul_(signs).clamp_(min=0)  # its magnitude where the signs agree
+        total += agreeing if weights is None or weights[i] == 1 else agreeing * weights[i]
+        if share is not None:
+            share.add_(agreeing.gt_(0), alpha=divide_by[i])
+    total.mul_(signs)
+    if share is not None:
+        if floor:
+            share.clamp_(min=floor)
+        share.add_(torch.eq(share, 0, out=torch.empty_like(share)))  # nobody: the sum is zero anyway
+        total.div_(share)
+    return total
+
+
+# Distances
 
 
 def soft_sign_terms(x: Tensor) -> tuple[Tensor, Tensor]:

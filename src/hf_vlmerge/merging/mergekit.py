@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import MergeError
-from .registry import get_merge_method, list_merge_methods
+from .registry import ALIASES, get_merge_method, list_merge_methods
 
 IGNORED = ("int8_mask", "name", "chat_template", "tokenizer")
+FORM = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source", "slices"}
 
 
 def translate(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the recipe in the native form, and notes on what was ignored."""
     content, notes = dict(recipe), []
+    in_their_form = content.keys() <= FORM | set(IGNORED)
     if isinstance(content.get("parameters"), Mapping):
         content["parameters"] = dict(content["parameters"])
     for where in (content, content.get("parameters")):
@@ -28,6 +30,9 @@ def translate(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         content["models"] = [_model(m) for m in content["models"]]
         _place_base(content)
         _carry_files(content, notes)
+        _name_vectors(content)
+        if in_their_form:
+            notes += _differences(content)
     return content, notes
 
 
@@ -70,8 +75,36 @@ def _place_base(content: dict[str, Any]) -> None:
     listed = [m for m in content["models"] if (m.get("model") if isinstance(m, Mapping) else m) == base]
     if base is None or not listed or name not in list_merge_methods():
         return
-    others = [m for m in content["models"] if m not in listed]
-    content["models"] = others if get_merge_method(name).needs_base else [*listed, *others]
+    others, method = [m for m in content["models"] if m not in listed], get_merge_method(name)
+    content["models"] = others if method.needs_base or method.takes_base else [*listed, *others]
+
+
+def _name_vectors(content: dict[str, Any]) -> None:
+    """nuslerp's two switches say what one vector is: we have one parameter for it."""
+    own = content.get("parameters")
+    if content.get("merge_method") != "nuslerp" or not isinstance(own, dict):
+        return
+    flatten, columns = own.pop("nuslerp_flatten", True), own.pop("nuslerp_row_wise", False)
+    if not flatten:
+        own["along"] = "column" if columns else "row"
+
+
+def _differences(content: Mapping[str, Any]) -> list[str]:
+    """One note for each parameter whose default selects another variant of the formula than mergekit's does. A recipe
+    that uses a word of ours (scale, weights, ratio) is not mergekit's."""
+    name = content.get("merge_method")
+    if name not in list_merge_methods():
+        return []
+    levels = [content.get("parameters"), *(m.get("parameters") for m in content["models"] if isinstance(m, Mapping))]
+    given = {str(key) for level in levels if isinstance(level, Mapping) for key in level}
+    if given & set(ALIASES.values()):
+        return []
+    method, own = get_merge_method(name), {ALIASES.get(key, key) for key in given}
+    return [
+        f"{name}: {p} is {method.default(p)!r} here and {theirs!r} in mergekit; `compat: mergekit` selects that"
+        for p, theirs in method.mergekit.items()
+        if p not in own and theirs != method.default(p)
+    ]
 
 
 def _carry_files(content: dict[str, Any], notes: list[str]) -> None:

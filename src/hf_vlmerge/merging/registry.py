@@ -65,6 +65,11 @@ class Method:
     def is_per_member(self, parameter: str) -> bool:
         return parameter == "weights" or self.parameters[parameter].annotation == PerMember
 
+    def default(self, parameter: str, compat: str | None = None) -> Any:
+        """A parameter's default: the formula's own, or that of another tool's variant."""
+        own = 1.0 if parameter == "weights" else self.parameters[parameter].default
+        return self.mergekit.get(parameter, own) if compat == "mergekit" else own
+
     def check_name(self, name: str) -> str:
         """Return the parameter's own name for ``name`` or one of its aliases; unknown ones are errors."""
         own = ALIASES.get(name, name)
@@ -133,6 +138,7 @@ class Method:
         bound, resolved = self.bind(parameters, members)
         if self.needs_base and base is None:
             raise MergeError(f"{self.name} needs a base")
+        base = base if self.needs_base or self.takes_base else None
         self.check_members(name or "the tensor", members)
         shapes = {tuple(t.shape) for t in [*tensors, *([] if base is None else [base])]}
         if len(shapes) != 1:

@@ -8,7 +8,7 @@ from .._ops import weighted_sum
 from ..registry import Chunk, merge_method
 
 
-@merge_method("interpolation", paper="2304.14933", members=(1, 3), weighted=False, average=True)
+@merge_method("interpolation", paper="2304.14933", members=(1, 3), weighted=False, average=True, cost="O(n P)")
 def interpolation(*, ratio: float = 0.5, fusion_share: float = 1 / 3) -> Callable[[Chunk], Tensor]:
     """Vision against language, with a fixed share for the cross-modal expert of fusion layers.
 

@@ -12,7 +12,14 @@ def _is_mean(parameters, weights) -> bool:
     return parameters["normalize"] or abs(sum(weights) - 1) < 1e-6
 
 
-@merge_method("linear", paper="2203.05482", average=True, keeps_equal=_is_mean)
+@merge_method(
+    "linear",
+    paper="2203.05482",
+    average=True,
+    keeps_equal=_is_mean,
+    cost="O(n P)",
+    disagreements="mergekit and Model Soups divide by the sum of the weights, UnIVAL takes them as they are.",
+)
 def linear(*, normalize: bool = True) -> Callable[[Chunk], Tensor]:
     """Weighted average of the members: sum w_i x_i / sum w_i.
 

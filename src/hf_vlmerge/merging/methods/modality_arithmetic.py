@@ -8,7 +8,14 @@ from .._ops import weighted_sum
 from ..registry import Chunk, merge_method
 
 
-@merge_method("modality_arithmetic", paper="2304.14933", needs_base=True, weighted=False)
+@merge_method(
+    "modality_arithmetic",
+    paper="2304.14933",
+    needs_base=True,
+    weighted=False,
+    cost="O(n P)",
+    disagreements="The released code moves the base itself while it sums; sequential computes that.",
+)
 def modality_arithmetic(*, scale: float = 0.5, sequential: bool = False) -> Callable[[Chunk], Tensor]:
     """Seed plus scaled sum of modality vectors: base + scale * sum (x_i - base).
 

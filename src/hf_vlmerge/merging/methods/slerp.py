@@ -8,7 +8,14 @@ from .._ops import dots, weighted_sum
 from ..registry import Chunk, Program, merge_method
 
 
-@merge_method("slerp", paper="Shoemake 1985", members=(2, 2), weighted=False)
+@merge_method(
+    "slerp",
+    paper="Shoemake 1985",
+    members=(2, 2),
+    weighted=False,
+    cost="O(P)",
+    disagreements="mergekit keeps the norms of both tensors, as here; others interpolate the norm as well.",
+)
 def slerp(*, ratio: float = 0.5) -> Program:
     """Along the great circle between two members; ratio 0 is the first one, ratio 1 the second.
 

@@ -8,7 +8,13 @@ from .._ops import normalized, weighted_sum
 from ..registry import Chunk, merge_method
 
 
-@merge_method("task_arithmetic", paper="2212.04089", needs_base=True)
+@merge_method(
+    "task_arithmetic",
+    paper="2212.04089",
+    needs_base=True,
+    cost="O(n P)",
+    disagreements="mergekit forms task vectors and their sum in the dtype of the inputs; here both are float32.",
+)
 def task_arithmetic(*, scale: float = 1.0, normalize: bool = False) -> Callable[[Chunk], Tensor]:
     """Base plus scaled sum of task vectors: base + scale * sum w_i (x_i - base).
 
