@@ -183,6 +183,7 @@ class Settler:
         if len(members) > 1:
             method.check_members(name, members)
             method.check_statistics(name, shape, members, statistics)
+            method.check_statistics_shape(name, shape, [self.sources[r.source].shape(r.key) for r in statistics if r])
         return MergeGroup(
             output=name,
             shape=shape,
@@ -228,7 +229,8 @@ class Settler:
     def check_shape(self, name: str, first: Ref, ref: Ref) -> None:
         a, b = (self.sources[r.source].shape(r.key) for r in (first, ref))
         if a != b:
-            raise MergeError(f"{name}: shapes differ, {a} in {describe(first)} and {b} in {describe(ref)}")
+            hint = "; if these are rows of tokens, say so by 'vocabulary'" if len(a) == 2 and a[1:] == b[1:] else ""
+            raise MergeError(f"{name}: shapes differ, {a} in {describe(first)} and {b} in {describe(ref)}{hint}")
 
     def parameters(
         self, method: MergeMethod, name: str, members: tuple[str, ...], rules: list[Rule]
@@ -238,14 +240,13 @@ class Settler:
         values: dict[str, Any] = {}
         for parameter in [*method.parameters, *(["weights"] if method.weighted else [])]:
             levels = [*(r.parameters[parameter] for r in rules if parameter in r.parameters)][:1]
+            default = method.default(parameter, self.recipe.compat)
             if method.is_per_member(parameter):
-                default = 1.0 if parameter == "weights" else method.parameters[parameter].default
                 values[parameter] = {m: self.per_member(parameter, m, levels, default, name, t) for m in members}
                 continue
             levels.append(self.recipe.parameters.get(parameter, ABSENT))
             value = next((v for v in (settle(level, name, t) for level in levels) if v is not ABSENT), ABSENT)
-            if value is not ABSENT:
-                values[parameter] = value
+            values[parameter] = default if value is ABSENT else value
         return method.bind(values, members)
 
     def per_member(self, parameter: str, member: str, levels: list[Any], default: Any, name: str, t: float) -> Any:

@@ -44,8 +44,8 @@ def coefficients(gram: np.ndarray, weights: np.ndarray, max_iter: int, tol: floa
     for _ in range(max_iter):
         cosine = np.clip(unit @ mean, -1, 1)
         angle = np.arccos(cosine)
-        near = angle < tol
-        towards = shares * np.where(near, 0.0, angle / np.where(near, 1.0, np.sin(angle)))
+        lost = (angle < tol) | (angle > np.pi - tol)  # there already, or opposite, where no direction leads
+        towards = shares * np.where(lost, 0.0, angle / np.where(lost, 1.0, np.sin(angle)))
         step = towards - (towards @ cosine) * mean  # sum w_i log_m(u_i)
         size = length(step)
         if size < tol:
