@@ -50,6 +50,7 @@ class AdaptedSource(View):
         self.found_elsewhere: list[tuple[str, str]] = []
         self.changes: dict[str, Change] = {}
         self.added: dict[str, str] = {}
+        self.last: tuple[str | None, tuple[Tensor, Tensor] | None] = (None, None)
         for name, key in adapter.replaced.items():
             self.replace(name, key)
         for module in adapter.modules.values():
@@ -185,9 +186,7 @@ class AdaptedSource(View):
         columns = prod(shape[1:])
         if stop <= start:
             return torch.empty(0)
-        left, right = self.adapter.factors(change.module)
-        if change.transposed:
-            left, right = right.t().contiguous(), left.t().contiguous()
+        left, right = self.factors(key, change)
         step = max(ROWS, ELEMENTS // columns)
         first = start // columns // step * step
         pieces = []
@@ -204,6 +203,15 @@ class AdaptedSource(View):
         if key in self.added:
             return self.adapter.tensors.extent(self.added[key])
         return None if key in self.changes else super().extent(key)
+
+    def factors(self, key: str, change: Change) -> tuple[Tensor, Tensor]:
+        """The factors of a weight's update, turned as the weight is. Those of the last weight are kept."""
+        last, pair = self.last
+        if last != key:
+            left, right = self.adapter.factors(change.module)
+            pair = (right.t().contiguous(), left.t().contiguous()) if change.transposed else (left, right)
+            self.last = (key, pair)  # one assignment: threads may read different weights at once
+        return pair
 
     def dora_factor(self, weight: Tensor, module: LoraModule, row: int, end: int) -> Tensor:
         """Stored magnitude over the norm of each row, (rows, 1): section 4 of the paper of DoRA."""
