@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_vlmerge.merging import MergeError, open_source, save_checkpoint
+from hf_vlmerge.merging import MergeError, merge, open_source, save_checkpoint
 from hf_vlmerge.merging.tensors.dtypes import SAFETENSORS
 from hf_vlmerge.merging.tensors.pickles import RestrictedUnpickler, StandIn
 from hf_vlmerge.merging.tensors.safetensors_file import SafetensorsFile
@@ -347,3 +347,53 @@ def test_a_torchscript_program_is_not_run(tmp_path):
         archive.writestr("x/data.pkl", b"")
     with pytest.raises(MergeError, match="TorchScript program"):
         open_source(tmp_path / "x.pt")
+
+
+def save_bin_shards(folder, tensors, count):
+    """A folder as older versions of transformers wrote it: pytorch_model-….bin with an index."""
+    folder.mkdir()
+    keys, weight_map = list(tensors), {}
+    for i in range(count):
+        name = f"pytorch_model-{i + 1:05d}-of-{count:05d}.bin"
+        torch.save({key: tensors[key] for key in keys[i::count]}, folder / name)
+        weight_map |= dict.fromkeys(keys[i::count], name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return weight_map
+
+
+def test_sources_of_different_layouts_merge_together(tmp_path):
+    """One file, safetensors shards of two sizes and .bin shards, each with other neighbours and another dtype."""
+    keys = [f"layers.{i}.{part}" for i in range(3) for part in ("weight", "bias")]
+    torch.manual_seed(0)
+    values = [{k: torch.randn(5, 7) if k.endswith("weight") else torch.randn(7) for k in keys} for _ in range(4)]
+    values[1] = {k: v.half() for k, v in values[1].items()}
+    values[3] = {k: v.bfloat16() for k, v in values[3].items()}
+    save_checkpoint(tmp_path / "one", values[0], fsync=False)
+    save_checkpoint(tmp_path / "small", values[1], max_shard_size=90, fsync=False)
+    save_checkpoint(tmp_path / "large", {k: values[2][k] for k in reversed(keys)}, max_shard_size=300, fsync=False)
+    save_bin_shards(tmp_path / "bin", values[3], 3)
+    models = [str(tmp_path / name) for name in ("one", "small", "large", "bin")]
+    merge(
+        {"merge_method": "linear", "models": models}, tmp_path / "out", max_shard_size=200, progress=False, fsync=False
+    )
+    with open_source(tmp_path / "out") as merged:
+        assert list(merged) and merged.keys() == set(keys)
+        for key in keys:
+            mean = sum(own[key].double() for own in values) / 4
+            assert merged.dtype(key) == torch.float32
+            torch.testing.assert_close(merged[key].double(), mean, rtol=0, atol=1e-6)
+
+
+def test_bin_shards_hold_what_their_index_says(tmp_path):
+    weight_map = save_bin_shards(tmp_path / "bin", TENSORS, 2)
+    assert same(open_source(tmp_path / "bin"), TENSORS)
+    first, second = sorted(set(weight_map.values()))
+    torch.save({**torch.load(tmp_path / "bin" / second), "a.weight": torch.ones(1)}, tmp_path / "bin" / second)
+    with pytest.raises(MergeError, match=r"00002\.bin holds, against the index, the tensor a\.weight"):
+        open_source(tmp_path / "bin")
+    torch.save({"a.weight": torch.ones(1)}, tmp_path / "bin" / first)
+    with pytest.raises(MergeError, match=r"00002\.bin misses the tensor ids"):
+        open_source(tmp_path / "bin")
+    (tmp_path / "bin" / first).unlink()
+    with pytest.raises(MergeError, match=r"the index names pytorch_model-00001-of-00002\.bin, which is missing"):
+        open_source(tmp_path / "bin")

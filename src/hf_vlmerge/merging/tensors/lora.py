@@ -166,5 +166,5 @@ def adapter_tensors(folder: Path, label: str) -> TensorSource:
     if single.is_file():
         return SafetensorsSource({single: None}, label)
     if pickled.is_file():
-        return pickle_source([pickled], label)
+        return pickle_source({pickled: None}, label)
     raise MergeError(f"{label} holds no weights of an adapter (adapter_model.safetensors or adapter_model.bin)")

@@ -6,7 +6,7 @@ Opening a source reads headers only. Tensors are read whole (``source[key]``) or
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,9 +144,7 @@ class SafetensorsSource(TensorSource):
             raise MergeError(f"{self.label}: the index names {path.name}, which is missing")
         file = SafetensorsFile(path)
         self.opened.append(file)
-        for key in sorted((keys or set(file.entries)) ^ set(file.entries))[:1]:
-            side = "misses" if key in (keys or ()) else "holds, against the index,"
-            raise MergeError(f"{self.label}: {path.name} {side} the tensor {key}")
+        check_shard(self.label, path, file.entries.keys(), keys)
         twice = self.where.keys() & file.entries.keys()
         if twice:
             raise MergeError(f"{self.label}: {min(twice)} is in {path.name} and in {self.where[min(twice)].path.name}")
@@ -215,7 +213,7 @@ def open_file(path: Path) -> TensorSource:
     if path.suffix == ".safetensors":
         return SafetensorsSource({path: None}, path.name)
     if path.suffix in PICKLES:
-        return pickle_source([path], path.name)
+        return pickle_source({path: None}, path.name)
     known = ", ".join([".safetensors", *PICKLES])
     raise MergeError(f"{path.name}: a checkpoint file ends in one of {known}")
 
@@ -238,7 +236,7 @@ def folder_weights(folder: Path, label: str) -> TensorSource:
         if not index.is_file() and not single.is_file():
             continue
         shards = read_index(index, label) if index.is_file() else {single: None}
-        return SafetensorsSource(shards, label) if suffix == "safetensors" else pickle_source(list(shards), label)
+        return SafetensorsSource(shards, label) if suffix == "safetensors" else pickle_source(shards, label)
     if (folder / "adapter_config.json").is_file():
         raise MergeError(
             f"{label} is an adapter, not a model: write 'base+adapter', or give 'adapters' to merge adapters into one"
@@ -283,17 +281,31 @@ def side_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def pickle_source(paths: list[Path], label: str) -> DictSource:
-    """Tensors of one or several checkpoint files made by ``torch.save``."""
-    tensors, ignored = {}, []
-    for path in paths:
+def pickle_source(shards: Mapping[Path, set[str] | None], label: str) -> DictSource:
+    """Tensors of checkpoint files made by ``torch.save``, each with the keys it must hold (None: all)."""
+    tensors: dict[str, Tensor] = {}
+    ignored: list[str] = []
+    for path, keys in shards.items():
+        if not path.is_file():
+            raise MergeError(f"{label}: the index names {path.name}, which is missing")
         part, rest = read_checkpoint(path)
-        tensors.update(part)
+        check_shard(label, path, part.keys(), keys)
+        twice = part.keys() & tensors.keys()
+        if twice:
+            raise MergeError(f"{label}: {min(twice)} is in {path.name} and in another shard")
+        tensors |= part
         ignored += rest
     source = DictSource(tensors, label)
     source.ignored = tuple(ignored)
-    source.files = tuple(map(file_record, paths))
+    source.files = tuple(map(file_record, shards))
     return source
+
+
+def check_shard(label: str, path: Path, found: Set[str], keys: set[str] | None) -> None:
+    """A shard holds what its index says, no less and no more."""
+    for key in sorted((keys or set(found)) ^ set(found))[:1]:
+        side = "misses" if key in (keys or ()) else "holds, against the index,"
+        raise MergeError(f"{label}: {path.name} {side} the tensor {key}")
 
 
 def file_record(path: Path) -> FileRecord:
