@@ -1,5 +1,6 @@
 """Sinks: atomic folders, sizes of shards, and a disk that is full."""
 
+import errno
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from safetensors import safe_open
 
 from hf_vlmerge.merging import MergeError, atomic_folder, open_source, save_checkpoint
 from hf_vlmerge.merging.tensors import sinks
-from hf_vlmerge.merging.tensors.sinks import parse_size
+from hf_vlmerge.merging.tensors.sinks import copy_bytes, parse_size
 
 TENSORS = {"w": torch.randn(4, 4), "half": torch.randn(3).to(torch.bfloat16), "flag": torch.tensor([True])}
 
@@ -174,3 +175,32 @@ def test_a_tensor_above_the_limit_gets_a_shard_of_its_own(tmp_path):
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) == 3 and index["metadata"]["total_size"] == 416
     assert all(open_source(tmp_path / "out")[k].equal(v) for k, v in tensors.items())
+
+
+def test_bytes_are_copied_by_the_kernel_or_through_memory(tmp_path, monkeypatch):
+    data = os.urandom(100_000)
+    (tmp_path / "source").write_bytes(b"head" + data)
+
+    def copied(name):
+        source = os.open(tmp_path / "source", os.O_RDONLY)
+        target = os.open(tmp_path / name, os.O_RDWR | os.O_CREAT)
+        copy_bytes(source, 4, target, 3, len(data))
+        os.close(source)
+        os.close(target)
+        return (tmp_path / name).read_bytes()[3:]
+
+    def across_devices(*_):
+        raise OSError(errno.EXDEV, "another device")
+
+    assert copied("kernel") == data
+    monkeypatch.setattr(os, "copy_file_range", across_devices)
+    assert copied("memory") == data
+    monkeypatch.delattr(os, "copy_file_range")
+    assert copied("without") == data
+
+
+def test_an_input_that_ends_too_early(tmp_path):
+    (tmp_path / "source").write_bytes(b"short")
+    error = pytest.raises(MergeError, match="became shorter while it was copied")
+    with open(tmp_path / "source", "rb") as source, open(tmp_path / "target", "wb") as target, error:
+        copy_bytes(source.fileno(), 0, target.fileno(), 0, 100)
