@@ -98,8 +98,8 @@ def test_regmean_from_grams_that_our_own_hooks_collect(tmp_path, folder):
         module = {"attn": "attention", "mlp": "ffn"}[module]
         expert = {"v": "vision", "l": "language", "vl": "vision_language"}[expert]
         ours = f"vlmo.encoder.layers.{layer}.{module}.{expert}.{leaf[0] if leaf else 'qkv'}.weight"
-        torch.testing.assert_close(grams.grams.pop(ours), gram, rtol=1e-4, atol=1e-5)
-    assert not grams.grams or all(not gram.any() for gram in grams.grams.values())
+        torch.testing.assert_close(grams.sums.pop(ours), gram, rtol=1e-4, atol=1e-5)
+    assert not grams.sums or all(not gram.any() for gram in grams.sums.values())
 
     grams = collect_grams(model, [batch], forward=joint_pass, modules="*.encoder.*", progress=False)
     grams.save(tmp_path / "grams.safetensors", dtype=torch.float64)

@@ -3,29 +3,39 @@
 from .engine import merge, merge_tensors
 from .errors import MergeError
 from .measurement import DistanceReport, distance
+from .mergeability import MergeabilityReport, mergeability
+from .objectives import Command, load_into
 from .recipe import ExpertLayout, Recipe
 from .registry import get_distance, get_merge_method, list_distances, list_merge_methods
 from .report import MergeReport
-from .statistics import GramStatistics, collect_grams
+from .search import SweepReport, sweep
+from .statistics import Statistics, collect_fisher, collect_grams
 from .tensors import TensorSource, atomic_folder, open_source, save_checkpoint
 
 __all__ = [
+    "Command",
     "DistanceReport",
     "ExpertLayout",
-    "GramStatistics",
     "MergeError",
     "MergeReport",
+    "MergeabilityReport",
     "Recipe",
+    "Statistics",
+    "SweepReport",
     "TensorSource",
     "atomic_folder",
+    "collect_fisher",
     "collect_grams",
     "distance",
     "get_distance",
     "get_merge_method",
     "list_distances",
     "list_merge_methods",
+    "load_into",
     "merge",
     "merge_tensors",
+    "mergeability",
     "open_source",
     "save_checkpoint",
+    "sweep",
 ]
