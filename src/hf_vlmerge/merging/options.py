@@ -130,6 +130,13 @@ def check_options(recipe: Any) -> None:
                 raise MergeError(f"{key.replace('base_', '')!r} is about several models, not experts inside one")
     if recipe.vocabulary and recipe.vocabulary.reference not in roles:
         raise MergeError(f"vocabulary: from: {recipe.vocabulary.reference!r} is neither 'base' nor a member")
+    if recipe.vocabulary and recipe.files_from is not None:
+        reference = next((m.model for m in recipe.models if m.alias == recipe.vocabulary.reference), None)
+        if recipe.files_from not in (recipe.vocabulary.reference, reference):
+            raise MergeError(
+                f"files_from: {recipe.files_from!r}, but the rows follow the vocabulary of "
+                f"{recipe.vocabulary.reference!r}; the tokenizer must come from there"
+            )
     if recipe.align and not recipe.experts_of and recipe.align.to not in roles:
         raise MergeError(f"align: to: {recipe.align.to!r} is neither 'base' nor a member")
     check_files_from(recipe)

@@ -17,6 +17,7 @@ from .sources import TensorSource
 from .views import View, read_rows
 
 FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+RENAMED = 0.01  # share of rows that may have another token without being taken for another vocabulary
 Vocabulary = Mapping[str, int]  # token -> row
 
 
@@ -61,8 +62,12 @@ READERS = {"tokenizer.json": read_tokenizer_json, "vocab.json": read_vocab_json,
 
 
 def conflicts(first: Vocabulary, second: Vocabulary) -> list[str]:
-    """Tokens of both that have different rows."""
-    return [token for token, row in first.items() if second.get(token, row) != row]
+    """Tokens of the first that must not be merged row by row: those of another row in the second, and those whose row
+    is another token there, if these are more than a few (``RENAMED``: reserved tokens are often given other names)."""
+    moved = [token for token, row in first.items() if second.get(token, row) != row]
+    at = {row: token for token, row in second.items()}
+    replaced = [token for token, row in first.items() if token not in second and row in at]
+    return moved + (replaced if len(replaced) > RENAMED * min(len(first), len(second)) else [])
 
 
 class RowMappedSource(View):
@@ -80,9 +85,8 @@ class RowMappedSource(View):
         self.own, self.theirs = vocabulary_of(source), vocabulary_of(reference)
         self.mapped = [k for k in source if k in reference and any(fnmatchcase(k, glob) for glob in match)]
         if not self.mapped:
-            raise MergeError(
-                f"{source.label}: vocabulary: no tensor that {reference.label} has too matches {list(match)}"
-            )
+            both = f"{source.label} and {reference.label}"
+            raise MergeError(f"vocabulary: no tensor that {both} have matches {', '.join(match)}")
         self.rows = {key: self.row_map(key) for key in self.mapped}
         self.means: dict[str, Tensor] = {}
         self.notes = (*source.notes, self.describe())
