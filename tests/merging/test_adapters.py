@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_vlmerge import VlmoConfig, VlmoForPreTraining
-from hf_vlmerge.merging import MergeError, merge, merge_tensors, open_source
+from hf_vlmerge.merging import MergeError, Recipe, merge, merge_tensors, open_source
 from tests.merging.test_vlmo import TINY
 
 peft = pytest.importorskip("peft")
@@ -194,6 +194,28 @@ def test_an_adapter_alone_is_no_model(tmp_path):
     write_adapter(tmp_path / "a", {"w": (torch.ones(2, 4), torch.ones(3, 2))})
     with pytest.raises(MergeError, match=r"a is an adapter, not a model: write 'base\+adapter', or give 'adapters'"):
         merge({"merge_method": "linear", "models": [str(tmp_path / "a")] * 2}, tmp_path / "out")
+
+
+def test_mergekits_way_to_write_a_model_with_an_adapter():
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": {"model": {"path": "org/base", "revision": "r0"}},
+        "models": [
+            {
+                "model": {
+                    "model": {"path": "org/base", "revision": "r1"},
+                    "lora": {"path": "org/lora", "revision": "r2"},
+                }
+            },
+            {"model": {"model": "org/base", "lora": "org/other"}},
+            {"model": "org/base+org/third@r3"},
+        ],
+    }
+    loaded = Recipe.load(recipe)
+    assert [m.model for m in loaded.models] == [
+        "org/base@r1+org/lora@r2", "org/base+org/other", "org/base+org/third@r3"
+    ]  # fmt: skip
+    assert loaded.aliases == ("lora", "other", "third") and loaded.base_model == "org/base@r0"
 
 
 # Adapters merged into one adapter

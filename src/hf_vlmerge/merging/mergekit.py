@@ -24,6 +24,8 @@ def translate(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         for key in IGNORED if isinstance(where, dict) else ():
             if where.pop(key, None) is not None:
                 notes.append(f"{key}: has no meaning here and is ignored")
+    if isinstance(content.get("base_model"), Mapping) and "rename" not in content["base_model"]:
+        content["base_model"] = _model({"model": content["base_model"]})["model"]
     if "slices" in content:
         _join_slices(content)
     if isinstance(content.get("models"), list | tuple):
@@ -60,13 +62,18 @@ def _is_list(value: Any) -> bool:
 
 
 def _model(entry: Any) -> Any:
-    """A model may be written as {model: {path, revision}}."""
+    """A model may be written as {model: {path, revision}} or {model: {model: ..., lora: ...}}."""
     if isinstance(entry, Mapping) and isinstance(entry.get("model"), Mapping):
-        path = entry["model"].get("path")
-        path = path.get("path") if isinstance(path, Mapping) else path
-        revision = entry["model"].get("revision")
-        return {**entry, "model": f"{path}@{revision}" if revision else path}
+        parts = entry["model"]
+        named = (_path(parts.get("model", parts)), _path(parts.get("lora")))
+        return {**entry, "model": "+".join(filter(None, named))}
     return entry
+
+
+def _path(place: Any) -> Any:
+    if isinstance(place, Mapping):
+        return f"{place.get('path')}@{place['revision']}" if place.get("revision") else place.get("path")
+    return place
 
 
 def _place_base(content: dict[str, Any]) -> None:
