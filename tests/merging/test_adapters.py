@@ -3,6 +3,7 @@
 import json
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_vlmerge import VlmoConfig, VlmoForPreTraining
+from hf_vlmerge.hub.card import render, write_merge_card
 from hf_vlmerge.merging import MergeError, Recipe, merge, merge_tensors, open_source
 from tests.merging.test_vlmo import TINY
 
@@ -402,3 +404,26 @@ def test_a_public_base_is_kept_and_side_files_go_along(tmp_path):
     assert seen == [["adapter_config.json", "adapter_model.safetensors", "recipe.yaml", "tokenizer_config.json"]]
     with pytest.raises(MergeError, match="'out' exists"):
         merge(recipe, tmp_path / "out")
+
+
+def test_the_shipped_recipe(two):
+    recipe = Recipe.load(Path(__file__).parents[2] / "hub_configs" / "recipes" / "adapters.yaml")
+    tensors = merge_tensors(recipe, {"runs/lora-caption": two / "a", "runs/lora-vqa": two / "b"})
+    assert len(tensors) == 2 * 2 * 7 and all(torch.isfinite(t).all() for t in tensors.values())
+    with pytest.raises(MergeError, match="'base_model' belongs to merges of models"):
+        Recipe.load({**recipe.to_dict(), "base_model": "runs/base"})
+
+
+def test_cards_of_adapters_and_of_adapted_models(two, tmp_path):
+    report = merge(recipe_of(two, "concatenation"), tmp_path / "out", fsync=False, finish=write_merge_card)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'PeftModel.from_pretrained(base, "out")' in card and "library_name: peft" in card
+    assert str(tmp_path) not in card and "rank 7; concatenation is exact" in card
+    source = {"role": "a", "label": "org/base@r1+org/lora@r2", "revision": None, "files": []}
+    report.sources = [source, {**source, "role": "b", "label": "base+lora"}]
+    text = render(report)
+    assert (
+        "base_model:\n- org/base\n- org/lora\n" in text
+        and "`org/base@r1+org/lora@r2`" in text
+        and "`base+lora`" in text
+    )

@@ -1,13 +1,14 @@
 """Git re-basin: the tables of permutations keep what models compute, and matching finds permutations again."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from hf_vlmerge import VlmoConfig, VlmoForPreTraining
-from hf_vlmerge.merging import ExpertLayout, MergeError, merge, open_source, save_checkpoint
+from hf_vlmerge.merging import ExpertLayout, MergeError, Recipe, merge, open_source, save_checkpoint
 from hf_vlmerge.merging.alignment import Matching, align, align_experts
 from hf_vlmerge.merging.matching import HeadMatcher, HeadSimilarity, best
 from hf_vlmerge.merging.permutations import Blocks, attention_blocks, ffn_blocks, residual_block
@@ -313,6 +314,14 @@ def test_experts_are_matched_to_a_seed(tmp_path):
         merge({**recipe, "merge_method": "linear"}, tmp_path / "other")
     with pytest.raises(MergeError, match="there is no expert 'langauge'; did you mean 'language'"):
         merge({**recipe, "merge_method": "linear", "align": "langauge"}, tmp_path / "other")
+
+
+def test_the_shipped_recipe(tmp_path):
+    folder = saved_vlmo(tmp_path / "model", VARIANTS["modality_specific"])
+    recipe = Recipe.load(Path(__file__).parents[2] / "hub_configs" / "recipes" / "interpolation_aligned.yaml")
+    report = merge(recipe.map_sources(lambda _: str(folder)), tmp_path / "out", progress=False, fsync=False)
+    load(tmp_path / "out")
+    assert any(note.startswith("experts aligned to language: attention: ") for note in report.notes)
 
 
 # Independent models

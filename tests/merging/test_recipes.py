@@ -19,6 +19,8 @@ def test_a_shipped_recipe(path):
     assert lines[0].startswith("# Gives: ") and "# Costs: " in heading
     assert f"hf-vlmerge merge hub_configs/recipes/{path.name} " in heading
     recipe = Recipe.load(path)
+    if recipe.adapters or recipe.align or recipe.base_rename:
+        return  # they need other inputs: merged in test_adapters, test_alignment and test_renaming
     specific = expert_model()
     given = {ref: expert_model(seed=i) for i, ref in enumerate(references(recipe).values())}
     if recipe.experts_of:

@@ -1,5 +1,7 @@
 """Submodules of one model under the names of another: patterns, reports, and a VLM merged with a text model."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -141,3 +143,16 @@ def test_renamed_models_from_disk_give_what_models_in_memory_give(tmp_path):
     merge(recipe(models=models), tmp_path / "out", progress=False, fsync=False)
     expected, merged = merge_tensors(recipe(), given()), open_source(tmp_path / "out")
     assert merged.keys() == expected.keys() and all(merged[key].equal(expected[key]) for key in expected)
+
+
+def test_the_shipped_recipe():
+    asked = Recipe.load(Path(__file__).parents[2] / "hub_configs" / "recipes" / "language_model_of_a_vlm.yaml")
+    names = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight")
+    text = {name: torch.randn(4, 4) for name in names}
+    tuned = {name: value + 1 for name, value in text.items()}
+    vlm = {f"language_model.{name}": value + 2 for name, value in text.items()}
+    vlm |= {"vision_tower.w": torch.ones(2), "multi_modal_projector.linear_1.weight": torch.ones(2)}
+    merged = merge_tensors(asked, {"runs/llama": text, "runs/llama-math": tuned, "runs/llava": vlm})
+    assert merged.keys() == vlm.keys() and merged["vision_tower.w"].equal(vlm["vision_tower.w"])
+    for name, value in text.items():
+        torch.testing.assert_close(merged[f"language_model.{name}"], value + 1.5)

@@ -73,19 +73,29 @@ def metadata(report: MergeReport, license: str | None) -> str:
     """The YAML block that the Hub reads. Only inputs that are on the Hub can be linked as base models."""
     from huggingface_hub import ModelCardData
 
-    parents = [s["label"].partition("@")[0] for s in report.sources if s["revision"] and not is_statistics(s["role"])]
+    parents = [name for s in report.sources if not is_statistics(s["role"]) for name in hub_names(s)]
     data = ModelCardData(
         base_model=list(dict.fromkeys(parents)) or None,
         base_model_relation="merge" if parents else None,
-        library_name="transformers",
+        library_name="peft" if report.recipe.adapters else "transformers",
         license=license,
         tags=["merge", "hf_vlmerge", *used_methods(report)],
     )
     return data.to_yaml() + "\n"
 
 
+def hub_names(source: Mapping[str, Any]) -> list[str]:
+    """The Hub ids behind a source: its own, or those of base and adapter, which stand in its label with revisions."""
+    if source["revision"]:
+        return [source["label"].partition("@")[0]]
+    return [part.partition("@")[0] for part in source["label"].split("+") if "@" in part]
+
+
 def loading(report: MergeReport) -> str:
     """Lines that load the model, with the class that its config.json names."""
+    if report.recipe.adapters:
+        call = f'PeftModel.from_pretrained(base, "{name_of(report)}")'
+        return f"from peft import PeftModel\n\nmodel = {call}  # base: the model that the adapters were made for"
     config = report.config or {}
     architecture = (config.get("architectures") or ["AutoModel"])[0]
     package = "hf_vlmerge" if config.get("model_type") in OUR_MODEL_TYPES else "transformers"
@@ -114,7 +124,7 @@ def is_member(role: str) -> bool:
 def link(source: Mapping[str, Any]) -> str:
     """A Hub input as a link to its commit, a local one by name."""
     label, revision = source["label"].partition("@")[0], source["revision"]
-    return f"[{label}](https://huggingface.co/{label}/tree/{revision})" if revision else f"`{label}`"
+    return f"[{label}](https://huggingface.co/{label}/tree/{revision})" if revision else f"`{source['label']}`"
 
 
 def used_methods(report: MergeReport) -> list[str]:
