@@ -6,7 +6,7 @@ floats several times faster than into bool, and multiplies by them faster still.
 place.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations_with_replacement
 from math import sqrt
@@ -20,6 +20,23 @@ from .registry import Chunk, Counts, MergeError, Program, WholeModel
 
 Scope = Literal["tensor", "global"]
 Values = Callable[[Chunk], Tensor]  # what a program asks about: (rows, n), for example one row a member
+
+
+# Pieces of a chunk
+
+
+def pieces(c: Chunk, size: int) -> Iterator[Chunk]:
+    """Runs of about ``size`` elements (or of whole rows) of a chunk of unit "element" or "row"."""
+    step = max(1, size // max(1, c.x[0, 0].numel())) if c.x.ndim > 2 and c.x.shape[1] else size
+    for at in range(0, c.x.shape[1], step):
+        run = slice(at, at + step)
+        yield replace(
+            c,
+            x=c.x[:, run],
+            base=None if c.base is None else c.base[run],
+            statistics=tuple(s if s is None else s[run] for s in c.statistics),
+            start=c.start + at * c.x[0, :1].numel(),
+        )
 
 
 # Sums over members
@@ -88,7 +105,8 @@ def products(x: Tensor, dim: int | None = None) -> Tensor:
 
 INFINITY = 0x7F800000  # as the bits of a float32; the bits of non-negative values are ordered like the values
 BINS = 1 << 12
-OCTAVE, FIRST, SAMPLED = 7, 79 << 7, 1 << 13  # bins an octave as a power of two; 64 octaves from 2^-48 on
+OCTAVE, FIRST, SAMPLED = 8, 99 << 8, 1 << 13  # bins an octave as a power of two; 32 octaves from 2^-28 on
+COUNTED = 1 << 18  # elements of one member that are counted at once
 STRIDE = 17  # odd: columns of a matrix are sampled evenly
 
 
@@ -146,7 +164,7 @@ def kth_largest(
         for i, (row, size) in enumerate(zip(counts.numpy(), sizes.tolist(), strict=True))
     ]
     while any(b.low < b.high for row in brackets for b in row):
-        (found,) = yield ask(lambda c: (count(values(flat(c)), brackets),))  # noqa: B023 - used before it changes
+        (found,) = yield ask(lambda c: (sum(count(values(p), brackets) for p in pieces(flat(c), COUNTED)),))  # noqa: B023
         brackets = [
             [narrowed(b, n) for b, n in zip(row, counted, strict=True)]
             for row, counted in zip(brackets, found.numpy(), strict=True)
@@ -175,12 +193,12 @@ def bit_patterns(values: Tensor) -> Tensor:
 
 
 def first_bracket(counts: np.ndarray, size: int, rank: int) -> Bracket:
-    """Where the value of a rank should lie, by the sample's counts: four standard deviations to either side."""
+    """Where the value of a rank should lie, by the sample's counts: three standard deviations to either side."""
     sampled = int(counts.sum())
     if rank < 1 or not sampled:
         return Bracket(rank, INFINITY, INFINITY)
     share = min(rank / size, 1.0)
-    margin = 0.0 if sampled == size else 4 * sqrt(sampled * share * (1 - share)) + 2
+    margin = 0.0 if sampled == size else 3 * sqrt(sampled * share * (1 - share)) + 2
     above = np.cumsum(counts[::-1])  # from the largest bin down
     upper, lower = (
         SAMPLED - 1 - int(np.searchsorted(above, min(max(share * sampled + side, 1), sampled)))
@@ -203,7 +221,7 @@ def count(values: Tensor, brackets: Sequence[Sequence[Bracket]]) -> Tensor:
                 continue
             low, high = np.array([b.low, b.high], np.int32).view(np.float32)
             above = row > high
-            inside = np.logical_xor(row >= low, above)
+            inside = (row >= low) ^ above
             patterns = torch.from_numpy(row[inside].view(np.int32)).sub_(b.low)
             place[0] = np.count_nonzero(above)
             place[1:] = torch.bincount(patterns >> b.shift, minlength=BINS)
@@ -240,11 +258,10 @@ def as_factor(mask: Tensor) -> Tensor:
 def trim_(tau: Tensor, least: Tensor, most: Tensor | None = None) -> Tensor:
     """Set what is smaller than each member's ``least`` magnitude, or larger than its ``most``, to zero."""
     for i, vector in enumerate(tau):
-        magnitude = vector.abs()
-        kept = torch.ge(magnitude, least[i].item(), out=torch.empty_like(magnitude))
-        if most is not None:
-            kept.mul_(magnitude.le_(most[i].item()))
-        vector.mul_(kept)
+        within = vector.abs().ge_(least[i].item())
+        if most is not None and most[i] < torch.inf:
+            within.mul_(vector.abs().le_(most[i].item()))
+        vector.mul_(within)
     return tau
 
 
@@ -402,12 +419,14 @@ def disjoint_sum_(
     ``divide_by``: the sum is divided by the sum of these numbers over the same members (of ones: by their count), or by
     ``floor`` where that is more.
     """
-    total, share = torch.zeros_like(signs), None if divide_by is None else torch.zeros_like(signs)
+    total = share = None
     for i, vector in enumerate(tau):
         agreeing = vector.mul_(signs).clamp_(min=0)  # its magnitude where the signs agree
-        total += agreeing if weights is None or weights[i] == 1 else agreeing * weights[i]
-        if share is not None:
-            share.add_(agreeing.gt_(0), alpha=divide_by[i])
+        term = agreeing if weights is None or weights[i] == 1 else agreeing * weights[i]
+        total = term.clone() if total is None else total.add_(term)
+        if divide_by is not None:
+            term = agreeing.gt_(0) if divide_by[i] == 1 else agreeing.gt_(0).mul_(divide_by[i])
+            share = term if share is None else share.add_(term)
     total.mul_(signs)
     if share is not None:
         if floor:

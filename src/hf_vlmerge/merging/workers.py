@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from .allocator import keep_freed_memory
+
 T = TypeVar("T")
 
 
@@ -46,6 +48,7 @@ class Workers:
     """A pool of threads. With one thread everything runs where it is called."""
 
     def __init__(self, threads: int, memory: int | None = None, device: str = "cpu") -> None:
+        keep_freed_memory()
         self.threads, self.memory, self.device = threads, Memory(memory), device
         self.pool = ThreadPoolExecutor(threads, "merge", self.begin) if threads > 1 else None
 

@@ -2,7 +2,15 @@
 
 from torch import Tensor
 
-from .._ops import RankedOver, breadcrumbs_window, check_shares, l1_factors, normalized, rescale_, weighted_sum
+from .._ops import (
+    RankedOver,
+    breadcrumbs_window,
+    check_shares,
+    l1_factors,
+    normalized,
+    rescale_,
+    weighted_sum,
+)
 from ..registry import Chunk, PerMember, Program, merge_method
 
 

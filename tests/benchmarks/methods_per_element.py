@@ -1,0 +1,89 @@
+"""Time of every merge method an output element: one thread, chunks in memory, three members and a base.
+
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.methods_per_element [--entries 1048576] [--chunk 262144] [method ...]
+
+All passes count: what a method asks for first, and the merge; not reading, rounding and writing. Beside it, in the same
+run, a NumPy copy of the same bytes (three members, the base and the output). Times are the thread's own, medians.
+Methods that see whole matrices take seconds and are left out unless they are named.
+"""
+
+import argparse
+import time
+from statistics import median
+
+import numpy as np
+import torch
+
+from hf_vlmerge.merging import get_merge_method, list_merge_methods
+from hf_vlmerge.merging._ops import pieces
+from hf_vlmerge.merging.allocator import keep_freed_memory
+from hf_vlmerge.merging.program import Chunk, begin, complete, shape_for
+from hf_vlmerge.merging.streaming import CHUNK_SIZE
+
+COLUMNS = 1024
+EXPENSIVE = ("tensor",)  # units that work on whole matrices: seconds each, not in the table unless they are named
+
+
+def chunks_for(method, entries: int, size: int) -> list[Chunk]:
+    """A base and members near it, as fine-tuning leaves them, in the shape that the method's unit asks for."""
+    generator = torch.Generator().manual_seed(0)
+    view = shape_for(method.unit, (entries // COLUMNS, COLUMNS))
+    base = 0.02 * torch.randn(view, generator=generator)
+    count = min(3, method.members[1])
+    x = base + 0.002 * torch.randn((count, *view), generator=generator)
+    statistics = tuple(torch.rand(view, generator=generator) for _ in range(count)) if method.statistics else ()
+    weights = torch.ones(count, dtype=torch.float64)
+    uses_base = method.needs_base or method.takes_base
+    whole = Chunk(x, base if uses_base else None, tuple("abc"[:count]), weights, statistics, (1,) * count, name="w")
+    return [whole] if method.unit == "tensor" else list(pieces(whole, size))
+
+
+def seconds(run, repeats: int) -> float:
+    """The median time of a call, after one that warms up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        started = time.thread_time()
+        run()
+        times.append(time.thread_time() - started)
+    return median(times)
+
+
+def merge_once(method, chunks: list[Chunk]) -> None:
+    parameters, _ = method.bind({"scope": "tensor"} if "scope" in method.parameters else {}, chunks[0].members)
+    program = method.program(parameters)
+    merge = complete(program, begin(program), lambda: chunks, method.unit, alone=True)
+    for chunk in chunks:
+        merge(chunk)
+
+
+def copy_time(entries: int, repeats: int) -> float:
+    source, target = (np.ones(entries * 5, np.float32) for _ in range(2))
+    return seconds(lambda: np.copyto(target, source), repeats)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--entries", type=int, default=1 << 20, help="of one member, in all its chunks")
+    arguments.add_argument("--chunk", type=int, default=CHUNK_SIZE, help="entries of one member in a chunk")
+    arguments.add_argument("--repeats", type=int, default=9)
+    arguments.add_argument("methods", nargs="*", help="only these")
+    options = arguments.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as the engine does
+    copied = copy_time(options.entries, options.repeats) / options.entries * 1e9
+    print(
+        f"{options.entries:,} entries in chunks of {options.chunk:,}; copying five of them: {copied:.2f} ns an entry\n"
+    )
+    print("| method | members | ns an output entry | times the copy |\n|---|---|---|---|")
+    for name in options.methods or list_merge_methods():
+        method = get_merge_method(name)
+        if method.unit in EXPENSIVE and name not in options.methods:
+            continue
+        chunks = chunks_for(method, options.entries, options.chunk)
+        spent = seconds(lambda: merge_once(method, chunks), options.repeats) / options.entries * 1e9  # noqa: B023
+        print(f"| {name} | {len(chunks[0].members)} | {spent:.2f} | {spent / copied:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
