@@ -7,8 +7,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_vlmerge.merging import MergeError, distance, get_distance, list_distances, open_source
+from hf_vlmerge.merging import (
+    MergeError,
+    distance,
+    get_distance,
+    list_distances,
+    measurement,
+    mergeability,
+    open_source,
+)
 from hf_vlmerge.merging.program import BLOCK
+from hf_vlmerge.merging.registry import DISTANCES, distance_metric
+from hf_vlmerge.merging.survey import CLOSENESS
+from hf_vlmerge.merging.tensors.sources import DictSource
 
 A = torch.tensor([3.0, 0.0, -1.0, 2.0])
 B = torch.tensor([3.0, 4.0, 1.0, -1.0])
@@ -192,3 +203,151 @@ def test_tensors_without_elements_do_not_count(metric):
     full = distance({alias: {"w": value} for alias, value in w.items()}, metric=metric, progress=False).total
     models = {alias: {"w": value, "none": torch.zeros(0, 3)} for alias, value in w.items()}
     assert distance(models, metric=metric, progress=False).total == full
+
+
+def test_sign_conflicts_count_entries_that_two_members_move():
+    conflict = get_distance("sign_conflict")
+    assert conflict([A, B]) == 2 / 3  # 3 3 | 0 4 | -1 1 | 2 -1: the second entry has one member
+    assert conflict([A, B, C]) == 3 / 4  # 3 3 -3 | 0 4 4 | -1 1 0 | 2 -1 1
+    assert conflict([A, 0 * A]) == 0
+
+
+def test_the_magnitude_gap():
+    gap = get_distance("magnitude_gap")
+    assert gap([A, B]) == pytest.approx(1 - math.sqrt(14 / 27))
+    assert gap([A, 3 * B, B]) == pytest.approx(1 - math.sqrt(14 / 27) / 3)
+    assert gap([A, 0 * A]) == 1 and gap([0 * A, 0 * A]) == 0
+
+
+class CountingSource(DictSource):
+    """Counts how many elements are read."""
+
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.read_elements = 0
+
+    def read(self, key, start=0, stop=None):
+        values = super().read(key, start, stop)
+        self.read_elements += len(values)
+        return values
+
+
+def test_all_distances_are_taken_in_one_pass(monkeypatch):
+    sources = {name: CountingSource(model(i)) for i, name in enumerate("abc")}
+    size = sum(t.numel() for t in model(0).values())
+    recipe = {"merge_method": "linear", "models": ["a", "b", "c"]}
+    report = mergeability(recipe, sources=sources, progress=False)
+    assert {s.read_elements for s in sources.values()} == {size}, "six distances, three pairs, one pass"
+    for name in list_distances():
+        alone = distance(recipe, metric=name, sources=sources, progress=False)
+        assert report.distances[name].to_dict() == alone.to_dict()
+    monkeypatch.setattr(measurement, "HELD", 0)  # tensors too large to be held are read again, with the same result
+    again = mergeability(recipe, sources=sources, progress=False)
+    assert again.to_dict() == report.to_dict()
+
+
+def test_distances_of_another_unit_see_their_own_chunks():
+    whole = lambda c: (torch.tensor(len(c.x.shape)), torch.tensor(1))  # noqa: E731
+    distance_metric("dimensions", unit="tensor")(lambda: (whole, lambda dimensions, tensors: dimensions / tensors))
+    try:
+        models = {"a": {"0.w": torch.ones(3, 4)}, "b": {"0.w": torch.zeros(3, 4)}}
+        report = mergeability(models, progress=False)
+        assert report.distances["dimensions"].total["a-b"] == 3  # members, rows, columns
+        assert report.distances["magnitude_gap"].total["a-b"] == 1
+    finally:
+        DISTANCES.entries.pop("dimensions")
+
+
+def family(layers=4, noise=(0.0, 0.05, 0.15, 3.0)):
+    """Two models that part more from layer to layer, and their base."""
+    torch.manual_seed(1)
+    base, models = {}, {"a": {}, "b": {}}
+    for i in range(layers):
+        for module in ("attn.q", "mlp.up"):
+            name = f"model.layers.{i}.{module}.weight"
+            base[name] = torch.randn(20, 16)
+            for tensors in models.values():
+                tensors[name] = base[name] + noise[i] * torch.randn(20, 16)
+    for tensors in (base, *models.values()):
+        tensors["model.embed.weight"] = torch.ones(5, 16)
+    return models, base
+
+
+def test_the_report_says_which_layers_merge_well():
+    models, _ = family()
+    report = mergeability(models, progress=False)
+    assert [report.verdict(f"model.layers.{i}") for i in range(4)] == ["well", "well", "with care", "badly"]
+    assert report.summary().startswith(
+        "By the distance of their weights, model.layers.0–1 (2 of 4 layers) will merge well; model.layers.2 (1 of 4 "
+        "layers) will merge with care; model.layers.3 (1 of 4 layers) will merge badly. Over all entries the farthest "
+        "pair is a-b, with a cosine dissimilarity of "
+    )
+    labels = [line.label for line in report.sheet("a-b", modules=True)]
+    assert labels[:3] == ["model.layers.0", "model.layers.0 / attn", "model.layers.0 / mlp"]
+    assert labels[-5:] == [
+        "outside layers",
+        "outside layers / model.embed",
+        "all layers / attn",
+        "all layers / mlp",
+        "total",
+    ]
+    assert report.compared == 4 * 640 + 80 and report.copied == 0 and report.verdict("") == ""
+    both = torch.cat([models["a"][f"model.layers.{i}.attn.q.weight"] for i in range(4)])
+    other = torch.cat([models["b"][f"model.layers.{i}.attn.q.weight"] for i in range(4)])
+    assert report.distances["cosine"].modules["attn"]["a-b"] == pytest.approx(get_distance("cosine")([both, other]))
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["verdicts"]["model.layers.3"] == "badly"
+    assert "model.layers.3" in report.table() and "model.layers.3 / mlp" in report.table(modules=True)
+
+
+def test_a_base_makes_it_a_report_on_task_vectors():
+    models, base = family()
+    recipe = {"merge_method": "task_arithmetic", "models": ["a", "b"], "base_model": "seed"}
+    report = mergeability(recipe, sources={**models, "seed": base}, progress=False)
+    assert report.reference == "base" and list(report.distances)[-1] == CLOSENESS
+    weights = mergeability(recipe, reference="none", sources={**models, "seed": base}, progress=False)
+    assert weights.reference == "none" and CLOSENESS not in weights.distances
+    assert report.closeness.layers == weights.distances["cosine"].layers, "the verdict is about the weights"
+    assert [report.verdict(layer) for layer in report.layers] == [weights.verdict(layer) for layer in weights.layers]
+    assert report.distances["cosine"].layers["model.layers.2"]["a-b"] == pytest.approx(1, abs=0.2)
+    share = 100 * report.distances["sign_conflict"].total["a-b"]
+    assert f"differ in sign in {share:.0f} % of the entries" in report.summary() and 40 < share < 60
+    alone = distance(recipe, metric="ssd", reference="base", sources={**models, "seed": base}, progress=False)
+    assert report.distances["ssd"].to_dict() == alone.to_dict()
+
+
+def test_grams_are_reported_by_how_well_they_can_be_inverted(tmp_path):
+    models, _ = family(layers=2)
+    names = [f"{n}" for n in models["a"] if "embed" not in n]
+    x = torch.randn(100, 16, dtype=torch.float64)
+    few = torch.randn(5, 16, dtype=torch.float64)
+    for alias, rows in (("a", x), ("b", few)):
+        tensors = {f"gram.{name}": rows.T @ rows for name in names[1:]}
+        aliases = {f"gram.{names[0]}": f"gram.{names[1]}"}
+        tokens = {key: len(rows) for key in tensors}
+        save_file(
+            tensors, tmp_path / f"{alias}.safetensors", {"aliases": json.dumps(aliases), "tokens": json.dumps(tokens)}
+        )
+    members = [{"model": alias, "statistics": str(tmp_path / f"{alias}.safetensors")} for alias in "ab"]
+    report = mergeability({"merge_method": "linear", "models": members}, sources=models, progress=False)
+    assert [(row.weight, row.member) for row in report.grams[:3]] == [
+        (names[0], "a"),
+        (names[0], "b"),
+        (names[0], "sum"),
+    ]
+    by_member = {row.member: row for row in report.grams if row.weight == names[-1]}
+    assert by_member["a"].condition == pytest.approx(float(torch.linalg.cond(x.T @ x)))
+    assert by_member["b"].condition is None and by_member["b"].tokens == 5 and 1 < by_member["b"].rank <= 5
+    total = x.T @ x + few.T @ few
+    assert (
+        by_member["sum"].condition == pytest.approx(float(torch.linalg.cond(total))) and by_member["sum"].tokens == 105
+    )
+    assert by_member["sum"].rank == pytest.approx(float(total.trace() ** 2 / (total * total).sum()))
+    table = report.table()
+    assert "model.layers.0, b: model.layers.0.attn.q.weight, singular" in table
+    with pytest.raises(MergeError, match="no Gram matrix of a compared weight"):
+        mergeability(RECIPE, statistics=str(tmp_path / "a.safetensors"), sources={"msa": model(0)}, progress=False)
+
+
+def test_a_member_of_another_shape_cannot_be_measured():
+    with pytest.raises(MergeError, match="shapes differ"):
+        mergeability({"a": {"0.w": torch.ones(3)}, "b": {"0.w": torch.ones(4)}}, progress=False)

@@ -14,6 +14,7 @@ from hf_vlmerge.cli.distance import distance
 from hf_vlmerge.cli.merge import merge
 from hf_vlmerge.cli.methods import methods
 from hf_vlmerge.cli.statistics import statistics
+from hf_vlmerge.cli.sweep import sweep
 
 UsageError = typer.BadParameter.__base__  # click's class; newer versions of typer carry a click of their own
 
@@ -45,6 +46,7 @@ def demo(
 
 app.command()(merge)
 app.command()(distance)
+app.command()(sweep)
 app.command()(statistics)
 app.command()(methods)
 app.add_typer(convert, name="convert")

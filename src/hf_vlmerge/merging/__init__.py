@@ -3,13 +3,14 @@
 from .engine import merge, merge_tensors
 from .errors import MergeError
 from .measurement import DistanceReport, distance
-from .mergeability import MergeabilityReport, mergeability
 from .objectives import Command, load_into
 from .recipe import ExpertLayout, Recipe
 from .registry import get_distance, get_merge_method, list_distances, list_merge_methods
 from .report import MergeReport
 from .search import SweepReport, sweep
+from .sequential import regmean_plus_plus
 from .statistics import Statistics, collect_fisher, collect_grams
+from .survey import MergeabilityReport, mergeability
 from .tensors import TensorSource, atomic_folder, open_source, save_checkpoint
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "merge_tensors",
     "mergeability",
     "open_source",
+    "regmean_plus_plus",
     "save_checkpoint",
     "sweep",
 ]

@@ -20,7 +20,7 @@ from .groups import COPY, MergeGroup
 from .planning import open_sources, plan
 from .program import Chunk, Request, Unit, partial_sums, resume, single_thread
 from .recipe import Member, Recipe
-from .registry import Distance, get_distance, list_distances
+from .registry import Distance, get_distance
 from .streaming import CHUNK_SIZE, Job, Reader, settle_whole_model
 from .tensors.sources import TensorSource
 from .weights import layer_of
@@ -104,85 +104,97 @@ def distance(
     with open_sources(recipe, {**given, **(sources or {})}) as opened, single_thread():
         groups = plan(recipe, opened)
         reader = Reader(opened, chunk_size, seed=recipe.seed)
-        reports = measure(groups, reader, {metric: parameters}, reference=reference, pairs=pairs, progress=progress)
-    return reports[metric]
+        (report,) = measure(groups, reader, [Asked(metric, parameters, reference)], pairs=pairs, progress=progress)
+    return report
+
+
+class Asked(NamedTuple):
+    """One distance that is wanted: its name and parameters, and whether of weights ("none") or task vectors."""
+
+    metric: str
+    parameters: Mapping[str, Any]
+    reference: Reference = "none"
 
 
 def measure(
     groups: Iterable[MergeGroup],
     reader: Reader,
-    metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    asked: Sequence[Asked],
     *,
-    reference: Reference = "none",
     pairs: Pairs = "each",
     progress: bool = True,
-) -> dict[str, DistanceReport]:
-    """Measure groups by several distances (name -> parameters; default: all registered) in one pass over the inputs."""
-    metrics = {name: {} for name in list_distances()} if metrics is None else metrics
-    methods = {name: get_distance(name) for name in metrics}
-    if reference not in ("none", "base"):
-        raise MergeError(f"reference is 'none' or 'base', not {reference!r}")
-    groups = list(groups)
-    if reference == "base" and not any(group.base for group in groups):
-        raise MergeError("reference 'base' needs a base: give 'base' or a recipe with base_model")
+) -> list[DistanceReport]:
+    """Measure groups by several distances in one pass over the inputs; one report for each that is asked."""
+    groups, methods = list(groups), [get_distance(each.metric) for each in asked]
+    check_references(groups, asked)
     work = []
     for group in groups:
-        whole = replace(group, base=group.base if reference == "base" else None, statistics=(), tokens=(), weights=())
         chosen = chosen_pairs(group, pairs)
-        if chosen and reference == "base" and group.base is None:
+        of_deltas = any(each.reference == "base" for each in asked)
+        if chosen and of_deltas and group.base is None:
             raise MergeError(f"the base has no tensor {group.output}; of task vectors, every tensor needs it")
-        work.append([Pair.of(whole, members, m, metrics[m.name]) for members in chosen for m in methods.values()])
-    if not any(work):
-        raise MergeError("nothing to compare: no tensor has the members that are to be compared")
+        whole = replace(group, base=group.base if of_deltas else None, statistics=(), tokens=(), weights=())
+        numbered = list(enumerate(zip(asked, methods, strict=True)))
+        work.append([Pair.of(whole, members, n, each, m) for members in chosen for n, (each, m) in numbered])
     jobs = [pair for pairs_of_group in work for pair in pairs_of_group]
-    settle_whole_model(jobs, lambda pair: map(pair.part, chunks_of(pair, reader)), lambda p: (p.method.name, p.members))
-    sums: dict[str, list[Sums]] = {name: [] for name in metrics}
+    if not jobs:
+        raise MergeError("nothing to compare: no tensor has the members that are to be compared")
+    settle_whole_model(
+        jobs, lambda p: map(p.part, reader.chunks(p.whole, p.method.unit)), lambda p: (p.number, p.members)
+    )
+    sums: list[list[Sums]] = [[] for _ in asked]
     with tqdm(total=len(jobs), desc="distances", disable=not progress) as bar:
         for pairs_of_group in filter(None, work):
             for pair, totals in measured(pairs_of_group, reader):
-                sums[pair.method.name].append(Sums(pair.group, totals, pair.step.result[1]))
+                sums[pair.number].append(Sums(pair.group, totals, pair.step.result[1]))
                 bar.update()
-    return {name: summarise(m, metrics[name], reference, sums[name]) for name, m in methods.items()}
+    return [summarise(m, each, found) for m, each, found in zip(methods, asked, sums, strict=True)]
+
+
+def check_references(groups: Sequence[MergeGroup], asked: Sequence[Asked]) -> None:
+    for each in asked:
+        if each.reference not in ("none", "base"):
+            raise MergeError(f"reference is 'none' or 'base', not {each.reference!r}")
+        if each.reference == "base" and not any(group.base for group in groups):
+            raise MergeError("reference 'base' needs a base: give 'base' or a recipe with base_model")
 
 
 @dataclass
 class Pair(Job):
-    """One distance between chosen members of one group. ``whole``: the group with all its members, as it is read."""
+    """One distance (the ``number``-th that is asked) between chosen members of one group. ``whole``: the group with all
+    its members, as it is read."""
 
     whole: MergeGroup
+    number: int
+    reference: Reference
 
     @classmethod
-    def of(cls, whole: MergeGroup, members: tuple[str, ...], method: Distance, parameters: Mapping[str, Any]) -> "Pair":
-        bound, _ = method.bind(parameters, members)
+    def of(cls, whole: MergeGroup, members: tuple[str, ...], number: int, asked: Asked, method: Distance) -> "Pair":
+        bound, _ = method.bind(asked.parameters, members)
         inputs = tuple(whole.inputs[whole.members.index(m)] for m in members)
-        return cls(replace(whole, members=members, inputs=inputs, parameters=bound, base=None), method, whole)
+        own = replace(whole, members=members, inputs=inputs, parameters=bound, base=None)
+        return cls(own, method, whole, number, asked.reference)
 
     @property
     def members(self) -> tuple[str, ...]:
         return self.group.members
 
     def part(self, chunk: Chunk) -> Chunk:
-        """These members' part of a chunk of all members; of two members it is a view."""
+        """These members' part of a chunk of all members; of two members' weights it is a view."""
         at = [self.whole.members.index(m) for m in self.members]
         x = chunk.x[at[0] : at[1] + 1 : at[1] - at[0]] if len(at) == 2 and at[0] < at[1] else chunk.x[at]
-        return replace(chunk, x=x, members=self.members)
-
-
-def chunks_of(pair: Pair, reader: Reader) -> Iterator[Chunk]:
-    """The chunks of a whole group; of task vectors, where it has a base."""
-    for chunk in reader.chunks(pair.whole, pair.method.unit):
-        yield chunk if chunk.base is None else replace(chunk, x=chunk.deltas(), base=None)
+        return replace(chunk, x=x - chunk.base if self.reference == "base" else x, base=None, members=self.members)
 
 
 def measured(pairs: list[Pair], reader: Reader) -> Iterator[tuple[Pair, tuple[Tensor, ...]]]:
     """The sums of every distance of one group. Whatever the pairs ask for next is answered for all of them at once."""
     held: dict[Unit, list[Chunk]] = {}
     if prod(pairs[0].whole.shape) * len(pairs[0].whole.members) <= HELD:
-        held = {unit: list(chunks_of(p, reader)) for unit, p in {p.method.unit: p for p in pairs}.items()}
+        held = {unit: list(reader.chunks(pairs[0].whole, unit)) for unit in {p.method.unit for p in pairs}}
     while pairs:
         sums: dict[int, tuple[Tensor, ...]] = {}
-        for unit, first in {p.method.unit: p for p in pairs}.items():
-            for chunk in held[unit] if held else chunks_of(first, reader):
+        for unit in sorted({p.method.unit for p in pairs}):
+            for chunk in held[unit] if held else reader.chunks(pairs[0].whole, unit):
                 for i, pair in enumerate(pairs):
                     if pair.method.unit == unit:
                         for part in partial_sums(wanted(pair), unit, pair.part(chunk)):
@@ -252,10 +264,10 @@ class Sums(NamedTuple):
     value: Callable[..., Tensor]
 
 
-def summarise(method: Distance, parameters: Mapping[str, Any], reference: str, found: list[Sums]) -> DistanceReport:
+def summarise(method: Distance, asked: Asked, found: list[Sums]) -> DistanceReport:
     """Add sums up over modules, layers and everything, and turn each into its value."""
-    shown = {name: parameters.get(name, p.default) for name, p in method.parameters.items()}
-    report = DistanceReport(method.name, shown, reference)
+    shown = {name: asked.parameters.get(name, p.default) for name, p in method.parameters.items()}
+    report = DistanceReport(method.name, shown, asked.reference)
     added: dict[tuple[str, ...], Sums] = {}
     counts: dict[tuple[str, ...], int] = {}
     for each in found:
