@@ -45,6 +45,26 @@ def task_arithmetic(x: list[Tensor], base: Tensor, weights: list[float]) -> tupl
     return base.double() + sum(terms), base.double().abs() + sum(t.abs() for t in terms)
 
 
+def trimmed(x: Tensor, base: Tensor, threshold: Tensor) -> Tensor:
+    """A task vector (in float32, where its entries are ranked) without what is smaller than the threshold."""
+    delta = (x.double() - base.double()).float()
+    return delta.where(delta.abs() >= threshold, 0.0).double()
+
+
+def ties(x: list[Tensor], base: Tensor, weights: list[float], thresholds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    tau = torch.stack([trimmed(t, base, threshold) for t, threshold in zip(x, thresholds, strict=True)])
+    agreeing = tau * (tau.sign() == tau.sum(0).sign())
+    weighted = sum(w * t for w, t in zip(weights, agreeing, strict=True))
+    delta = SCALE * weighted / (agreeing != 0).sum(0).clamp(min=1)
+    return base.double() + delta, base.double().abs() + tau.abs().sum(0)
+
+
+def kth_magnitude(values: list[Tensor]) -> Tensor:
+    """The smallest of the largest magnitudes that make the share DENSITY."""
+    magnitudes = torch.cat([v.flatten() for v in values]).abs()
+    return magnitudes.topk(max(1, int(DENSITY * len(magnitudes)))).values[-1]
+
+
 def assert_one_rounding(name: str, found: Tensor, exact: Tensor, magnitude: Tensor) -> None:
     """Half a unit in the last place of the output's dtype, and what float32 sums may differ from float64 ones."""
     assert found.shape == exact.shape, name
@@ -118,6 +138,24 @@ def test_task_vectors_on_a_base(family):
         else:
             assert_one_rounding(name, value, *task_arithmetic(x, base, weights))
     assert_reloads(tiny, folder / "task_arithmetic", folder / "base")
+
+
+def test_ties_on_a_base(family):
+    tiny, folder = family
+    scope = ("tensor", "global")[list(ARCHITECTURES.values()).index(tiny) % 2]
+    models = [{"model": str(folder / n), "parameters": {"weight": w}} for n, w in DELTA_WEIGHTS.items()]
+    recipe = {"merge_method": "ties", "base_model": str(folder / "base"), "models": models}
+    parameters = {"scale": SCALE, "density": DENSITY, "scope": scope}
+    given, found = run(folder, recipe | {"parameters": parameters})
+    base, weights = given["base"], list(DELTA_WEIGHTS.values())
+    vectors = [name for name, value in found.items() if value.is_floating_point() and not running(name)]
+    deltas = {m: {n: (given[m][n].double() - base[n].double()).float() for n in vectors} for m in DELTA_WEIGHTS}
+    whole = [kth_magnitude(list(deltas[m].values())) for m in DELTA_WEIGHTS]
+    for name in vectors:
+        own = whole if scope == "global" else [kth_magnitude([deltas[m][name]]) for m in DELTA_WEIGHTS]
+        x = [given[m][name] for m in DELTA_WEIGHTS]
+        assert_one_rounding(name, found[name], *ties(x, base[name], weights, own))
+    assert_reloads(tiny, folder / "ties", folder / "base")
 
 
 def test_the_matrix_has_at_least_25_classes():
