@@ -1,5 +1,6 @@
 """LoRA adapters: as dense inputs (base + adapter), and merged into one adapter; against peft where that is here."""
 
+import hashlib
 import json
 import warnings
 from functools import partial
@@ -7,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from hf_vlmerge import VlmoConfig, VlmoForPreTraining
 from hf_vlmerge.hub.card import render, write_merge_card
 from hf_vlmerge.merging import MergeError, Recipe, merge, merge_tensors, open_source
+from tests.hub_server import HubServer
+from tests.merging.test_hub import NEW, OLD, run
 from tests.merging.test_vlmo import TINY
 
 peft = pytest.importorskip("peft")
@@ -146,6 +149,46 @@ def test_a_merge_of_adapted_models_rounds_once(tmp_path):
     assert merge_tensors({"merge_method": "linear", "models": models})["w.weight"].equal(merged["w.weight"])
     copies = {"merge_method": "linear", "models": [models[0], {**models[0], "alias": "again"}]}
     assert merge(copies, tmp_path / "same", progress=False, fsync=False).counts["equal"] == 2
+
+
+def test_chunks_and_threads_change_no_byte_of_a_merge_of_adapted_models(tmp_path):
+    torch.manual_seed(0)
+    save_file({"w.weight": torch.randn(700, 513).half()}, tmp_path / "model.safetensors")
+    for name in "ab":
+        write_adapter(tmp_path / name, {"w": (torch.randn(9, 513), torch.randn(700, 9))})
+    models = [{"model": f"{tmp_path / 'model.safetensors'}+{tmp_path / name}"} for name in "ab"]
+    settings = ({"threads": 1}, {"threads": 2}, {"threads": 2, "chunk_size": 1}, {"threads": 1, "chunk_size": 1 << 30})
+    outputs = set()
+    for i, setting in enumerate(settings):
+        merge({"merge_method": "slerp", "models": models}, tmp_path / f"{i}", progress=False, fsync=False, **setting)
+        outputs.add((tmp_path / f"{i}" / "model.safetensors").read_bytes())
+    assert len(outputs) == 1
+
+
+HUB = """
+    import json, sys
+    from hf_vlmerge.merging import merge, merge_tensors
+    models = ["org/base@v1+org/lora", "org/base@v1"]
+    report = merge({"merge_method": "linear", "models": models}, sys.argv[1], progress=False)
+    again = merge_tensors(sys.argv[1] + "/recipe.yaml")
+    models = report.recipe.to_dict()["models"]
+    print(json.dumps({"models": models, "sources": report.sources, "w": again["w.weight"].tolist()}))
+"""
+
+
+def test_base_and_adapter_on_the_hub_are_pinned_and_only_their_files_are_fetched(tmp_path):
+    write_adapter(tmp_path / "lora", {"w": (torch.ones(1, 2), torch.ones(2, 1))})
+    files = {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()}
+    base = {"model.safetensors": save({"w.weight": torch.zeros(2, 2)}), "config.json": b'{"model_type": "toy"}'}
+    repos = {"org/base": {OLD: base}, "org/lora": {NEW: {**files, "optimizer.bin": b"not needed"}}}
+    with HubServer(repos, {"org/base": {"main": OLD, "v1": OLD}, "org/lora": {"main": NEW}}) as hub:
+        printed = run(hub, tmp_path, HUB, tmp_path / "out")
+    assert [m["model"] for m in printed["models"]] == [f"org/base@{OLD}+org/lora@{NEW}", f"org/base@{OLD}"]
+    names = {file["name"]: file["sha256"] for file in printed["sources"][0]["files"]}
+    assert names.keys() == {"model.safetensors", "org/lora/adapter_model.safetensors"}
+    assert names["org/lora/adapter_model.safetensors"] == hashlib.sha256(files["adapter_model.safetensors"]).hexdigest()
+    assert printed["w"] == [[0.5, 0.5], [0.5, 0.5]]
+    assert not any("optimizer.bin" in request for request in hub.requests)
 
 
 def test_two_adapters_on_one_base_and_one_from_the_middle_of_a_longer_path(tmp_path):
