@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .program import BLOCK
 from .registry import Chunk, Counts, MergeError, Program, WholeModel
 
 Scope = Literal["tensor", "global"]
@@ -107,7 +108,7 @@ INFINITY = 0x7F800000  # as the bits of a float32; the bits of non-negative valu
 BINS = 1 << 12
 OCTAVE, FIRST, SAMPLED = 8, 99 << 8, 1 << 13  # bins an octave as a power of two; 32 octaves from 2^-28 on
 COUNTED = 1 << 18  # elements of one member that are counted at once
-STRIDE = 17  # odd: columns of a matrix are sampled evenly
+RUN, EVERY = 256, 4096  # entries of a sample: so many of every so many
 
 
 class Bracket(NamedTuple):
@@ -152,9 +153,9 @@ def kth_largest(
     ``ranks(row, entries)`` names the ranks that are wanted of a row, 1 for the largest; for rank 0 the answer is
     infinity. ``rows``: a value depends on its whole row, not on its own entry alone.
 
-    A sample of the entries gives a bracket for each rank. Passes over all entries then count what lies above a bracket
-    and what falls into each of its bins, and narrow it to one bin, until it holds one bit pattern. A bracket that
-    misses is found out by its own counts, so the sample can cost a pass, never the result.
+    A sample of the entries (of rows: all) gives a bracket for each rank. Passes over all entries then count what lies
+    above a bracket and what falls into each of its bins, and narrow it to one bin, until it holds one bit pattern. A
+    bracket that misses is found out by its own counts, so the sample can cost a pass, never the result.
     """
     ask = (lambda reduce: WholeModel(Counts(reduce))) if scope == "global" else Counts
     flat = (lambda c: c) if rows else flattened
@@ -178,11 +179,15 @@ def flattened(c: Chunk) -> Chunk:
 
 
 def sample(values: Values, c: Chunk) -> tuple[Tensor, Tensor]:
-    """Counts of every STRIDE-th value by its upper bits (rows, SAMPLED), and the number of all values (rows,)."""
-    step = STRIDE if c.x[0].numel() >= BINS * 4 and c.x.shape[1] > 4 * STRIDE else 1
+    """Counts of some values by their upper bits (rows, SAMPLED), and the number of all values (rows,).
+
+    Of a chunk of at least 16 EVERY entries, runs at a place that differs from chunk to chunk; else all.
+    """
     size = c.x[0].numel()
-    if step > 1:
-        c = replace(c, x=c.x[:, ::step], base=None if c.base is None else c.base[::step])
+    if c.x.ndim == 2 and size >= 16 * EVERY:
+        at = c.start // BLOCK * 5 * RUN % EVERY
+        runs = lambda x: x[..., : size // EVERY * EVERY].unflatten(-1, (-1, EVERY))[..., at : at + RUN]  # noqa: E731
+        c = replace(c, x=runs(c.x).flatten(1), base=None if c.base is None else runs(c.base).flatten())
     bins = (bit_patterns(values(c)) >> (23 - OCTAVE)).sub_(FIRST).clamp_(0, SAMPLED - 1)
     counts = torch.stack([torch.bincount(row, minlength=SAMPLED) for row in bins])
     return counts, torch.full((len(bins),), size)
@@ -256,12 +261,17 @@ def as_factor(mask: Tensor) -> Tensor:
 
 
 def trim_(tau: Tensor, least: Tensor, most: Tensor | None = None) -> Tensor:
-    """Set what is smaller than each member's ``least`` magnitude, or larger than its ``most``, to zero."""
+    """Set what is smaller than each member's ``least`` magnitude, or larger than its ``most``, to zero.
+
+    Hard shrinkage does it in one step: it keeps what is larger than its parameter, here the float32 below ``least``.
+    """
+    shrink = torch.ops.aten.hardshrink
+    below = torch.where(least.isinf(), torch.inf, torch.nextafter(least, torch.tensor(-1.0))).tolist()
     for i, vector in enumerate(tau):
-        within = vector.abs().ge_(least[i].item())
-        if most is not None and most[i] < torch.inf:
-            within.mul_(vector.abs().le_(most[i].item()))
-        vector.mul_(within)
+        largest = None if most is None or most[i].isinf() else shrink(vector, most[i].item())
+        shrink.out(vector, below[i], out=vector)
+        if largest is not None:
+            vector.sub_(largest)
     return tau
 
 
@@ -428,10 +438,11 @@ def disjoint_sum_(
             term = agreeing.gt_(0) if divide_by[i] == 1 else agreeing.gt_(0).mul_(divide_by[i])
             share = term if share is None else share.add_(term)
     total.mul_(signs)
-    if share is not None:
-        if floor:
-            share.clamp_(min=floor)
-        share.add_(torch.eq(share, 0, out=torch.empty_like(share)))  # nobody: the sum is zero anyway
+    if share is not None:  # where nobody agrees the sum is zero, whatever the divisor
+        if floor or all(number == 1 for number in divide_by):
+            share.clamp_(min=floor or 1)
+        else:
+            share.add_(torch.eq(share, 0, out=torch.empty_like(share)))
         total.div_(share)
     return total
 
