@@ -3,7 +3,8 @@
 All of it runs in float64. Whitening and equalising spectra divide by singular values: an SVD in float32 would leave
 errors of 1e-7 times the condition number of a task vector, which is 1e3 to 1e5. In float64 the eigenvectors of the Gram
 matrix of the shorter side are exact enough, and they cost what an SVD in float32 costs (2048 x 2048, one thread: Gram
-and eigenvectors 2.0 s; SVD 2.3 s in float32, 4.1 s in float64). Singular values below 1e-7 of the largest are zero.
+and eigenvectors 2.0 s; SVD 2.3 s in float32, 4.1 s in float64). Singular values
+below 1e-6 of the largest are zero: they are what rounding to float32 leaves of a matrix of low rank.
 """
 
 from typing import NamedTuple
@@ -14,8 +15,9 @@ from torch import Tensor
 from ._ops import weighted_sum
 from .registry import Chunk, MergeError
 
-ZERO = 1e-7  # of the largest singular value: what squaring in float64 leaves of it
-RIDGES = (0.0, 1e-9, 1e-7, 1e-5)  # shares of the diagonal that are tried in turn
+ZERO = 1e-6  # of the largest singular value
+SINGULAR = 1e-7  # least square of a pivot, of the diagonal entry: Grams are stored in float32
+RIDGES = (0.0, 1e-6, 1e-4)  # shares of the diagonal that are tried in turn
 
 
 class Triplets(NamedTuple):
@@ -26,13 +28,16 @@ class Triplets(NamedTuple):
     v: Tensor
 
 
-def leading(matrix: Tensor, count: int | None = None) -> Triplets:
-    """The ``count`` (default: all) leading singular triplets of a float64 matrix that are not zero."""
+def leading(matrix: Tensor, count: int | None = None, size: float = 0.0) -> Triplets:
+    """The ``count`` (default: all) leading singular triplets of a float64 matrix that are not zero.
+
+    size: zero is measured against this where it exceeds the matrix's own largest singular value.
+    """
     if matrix.shape[0] > matrix.shape[1]:
-        v, s, u = leading(matrix.T, count)
+        v, s, u = leading(matrix.T, count, size)
         return Triplets(u, s, v)
     squares, u = torch.linalg.eigh(matrix @ matrix.T)
-    kept = int((squares > ZERO**2 * squares[-1:].clamp(min=0)).sum()) if squares.numel() else 0
+    kept = int((squares > ZERO**2 * squares[-1:].clamp(min=size**2)).sum()) if squares.numel() else 0
     kept = min(kept, kept if count is None else count)
     u = u[:, u.shape[1] - kept :].flip(1)
     v = matrix.T @ u
@@ -55,21 +60,26 @@ def isometry(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return 1.5 * nearest - 0.5 * nearest @ (nearest.T @ nearest), s.sum()  # a Newton step restores lost digits
 
 
+def cholesky(gram: Tensor) -> Tensor | None:
+    """The Cholesky factor of a float64 Gram matrix, None where it is singular or nearly so."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    regular = not failed and bool((factor.diagonal().square() > SINGULAR * gram.diagonal()).all())
+    return factor if regular else None
+
+
 def gram_solve(residual: Tensor, gram: Tensor, name: str) -> Tensor:
     """X (out, in) with X gram = residual, by Cholesky; ``gram`` (in, in) is overwritten.
 
-    The rows of ``residual`` lie in the range of ``gram``. Where ``gram`` is singular, the solution that is zero outside
-    the range is approached by adding the least sufficient share of its diagonal.
+    Where ``gram`` is singular, a small share of its diagonal is added: X then is the least solution, each input
+    measured in units of its own size. An input that was always zero has a residual of zero, and so its X is zero.
     """
     diagonal = gram.diagonal()
-    diagonal[diagonal == 0] = 1.0  # an input that was always zero: its residual is zero, and so is its solution
+    diagonal[diagonal == 0] = 1.0
     exact = diagonal.clone()
     for ridge in RIDGES:
         diagonal.copy_(exact * (1 + ridge))
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if not failed and bool((factor.diagonal().square() > 1e-11 * exact).all()):
+        if (factor := cholesky(gram)) is not None:
             return torch.cholesky_solve(residual.T, factor).T
-        del factor
     raise MergeError(f"{name}: the sum of the Gram matrices is not positive semi-definite")
 
 

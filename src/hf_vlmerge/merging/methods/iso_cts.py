@@ -39,10 +39,10 @@ def iso_cts(*, scale: float = 1.0, common_share: float = 0.8) -> Callable[[Chunk
             total += task_matrix(c, i)
         common = leading(total, rank - own * n)
         # 2. Task-specific subspaces: leading triplets of what is left of each task matrix.
-        parts = [common]
+        parts, size = [common], float(common.s.max()) if len(common.s) else 0.0
         for i in range(n if own else 0):
             task = task_matrix(c, i)
-            parts.append(leading(task - common.u @ (common.u.T @ task), own))
+            parts.append(leading(task - common.u @ (common.u.T @ task), own, size))
         # 3. Orthogonalise both sides, and give every direction the mean singular value.
         u, s, v = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
         return updated(c, isometry(u)[0] @ isometry(v)[0].T * (s.sum() / rank), scale)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._matrix import gram_solve, is_matrix, leading, mean_update, task_matrix, updated
+from .._matrix import cholesky, is_matrix, leading, mean_update, task_matrix, updated
 from ..registry import Chunk, MergeError, merge_method
 
 
@@ -49,19 +49,30 @@ def wudi(
         moving = [i for i, square in enumerate(squares) if square]  # a member equal to the base asks for nothing
         if not moving:
             return c.base.clone()
-        if spectral:
-            rows = torch.cat([task_matrix(c, i) / squares[i] ** 0.5 for i in moving])
-            _, s, v = leading(rows, ceil(share * rows.shape[1]))  # sum G_i = rows^T rows
-            residual = sum(disturbance(task_matrix(c, i), prior) / squares[i] for i in moving)
-            return updated(c, prior + residual @ v * (-torch.expm1(-time * s**2) / s**2) @ v.T, scale)
-        residual, total = torch.zeros_like(prior), prior.new_zeros(prior.shape[1], prior.shape[1])
+        residual = torch.zeros_like(prior)
         for i in moving:
-            task = task_matrix(c, i)
-            residual += disturbance(task, prior) / squares[i]
-            total.addmm_(task.T, task, alpha=1 / squares[i])
-        return updated(c, prior + gram_solve(residual, total, c.name), scale)
+            residual += disturbance(task_matrix(c, i), prior) / squares[i]
+        if not spectral and (factor := factored(c, moving, squares)) is not None:
+            return updated(c, prior + torch.cholesky_solve(residual.T, factor).T, scale)
+        # By eigenvectors: what no task spans stays at the prior.
+        rows = torch.cat([task_matrix(c, i) / squares[i] ** 0.5 for i in moving])  # sum G_i = rows^T rows
+        _, s, v = leading(rows, ceil(share * rows.shape[1]) if spectral else None)
+        reach = -torch.expm1(-time * s**2) if spectral else 1.0
+        return updated(c, prior + residual @ v * (reach / s**2) @ v.T, scale)
 
     return merge
+
+
+def factored(c: Chunk, moving: list[int], squares: list[float]) -> Tensor | None:
+    """The Cholesky factor of sum G_i; None where the task matrices do not span all inputs."""
+    rows, columns = c.x.shape[1:]
+    if len(moving) * rows < columns:
+        return None
+    total = torch.zeros(columns, columns, dtype=torch.float64, device=c.x.device)
+    for i in moving:
+        task = task_matrix(c, i)
+        total.addmm_(task.T, task, alpha=1 / squares[i])
+    return cholesky(total)
 
 
 def disturbance(task: Tensor, prior: Tensor) -> Tensor:
