@@ -13,6 +13,7 @@ from hf_vlmerge.merging.alignment import Matching, align, align_experts
 from hf_vlmerge.merging.matching import HeadMatcher, HeadSimilarity, best
 from hf_vlmerge.merging.permutations import Blocks, attention_blocks, ffn_blocks, residual_block
 from hf_vlmerge.merging.tensors.permuted import PermutedSource
+from hf_vlmerge.merging.tensors.sources import DictSource
 from tests.merging.test_vlmo import TINY, VARIANTS, batch, load, noisy, outputs  # noqa: F401 - batch is a fixture
 
 transformers = pytest.importorskip("transformers")
@@ -309,6 +310,8 @@ def test_experts_are_matched_to_a_seed(tmp_path):
     }
     report = merge(recipe, tmp_path / "merged", progress=False, fsync=False)
     assert any(note.startswith("experts aligned to base: ffn: 7 of 7 blocks renumbered") for note in report.notes)
+    blocks = report.to_dict()["sources"][0]["alignment"]["blocks"]
+    assert len(blocks) == 14 and all(block["after"] <= block["before"] for block in blocks)
     recipe.pop("base_model")
     with pytest.raises(MergeError, match="align: to: base, but the recipe has no base_model"):
         merge({**recipe, "merge_method": "linear"}, tmp_path / "other")
@@ -359,6 +362,15 @@ def test_a_base_is_aligned_too(tmp_path):
     source, merged = open_source(folder), open_source(tmp_path / "out")
     assert all(merged[key].equal(source[key]) for key in source)
     assert {note.partition(" ")[0] for note in report.notes if "aligned to a" in note} == {"base", "b"}
+
+
+def test_a_model_may_be_matched_with_a_part_of_a_larger_one(folders):
+    """Only what both have moves; the report says what had no counterpart."""
+    source = open_source(saved(folders, "llama"))
+    part = DictSource({k: v for k, v in source.items() if ".layers.1." not in k}, "part", source.config)
+    alignment = align(source, part)
+    assert {b.label for b in alignment.blocks} == {"model.layers.0.mlp", "model.layers.0.self_attn"}
+    assert alignment.left[0].startswith("model.layers.1.mlp: part has no model.layers.1.mlp.gate_proj.weight")
 
 
 # The assignment itself

@@ -1,5 +1,6 @@
 """Merging: one output tensor is made from N input tensors, optionally with a base and statistics of the inputs."""
 
+from .alignment import Alignment, align, align_experts
 from .engine import merge, merge_tensors
 from .errors import MergeError
 from .measurement import DistanceReport, distance
@@ -14,6 +15,7 @@ from .survey import MergeabilityReport, mergeability
 from .tensors import TensorSource, atomic_folder, open_source, save_checkpoint
 
 __all__ = [
+    "Alignment",
     "Command",
     "DistanceReport",
     "ExpertLayout",
@@ -24,6 +26,8 @@ __all__ = [
     "Statistics",
     "SweepReport",
     "TensorSource",
+    "align",
+    "align_experts",
     "atomic_folder",
     "collect_fisher",
     "collect_grams",

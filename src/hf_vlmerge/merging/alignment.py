@@ -131,7 +131,7 @@ def align_experts(
         own = find(source) if kind in blocks else Blocks([], [])
         found.left.extend(own.left)
         for block in own.found:
-            if moving & set(block.label.split(".")) and all(counterpart(s.key) in reference for s in block.slots):
+            if moving & set(block.label.split(".")):
                 found.found.append(block)
     return Matching(source, reference, found, counterpart).solve()
 
@@ -156,6 +156,7 @@ def aligned(recipe: Recipe, sources: Mapping[str, TensorSource]) -> dict[str, Te
         views[role] = alignment.view(sources[role])
         lines = (f"{role} aligned to {wanted.to}: {line}" for line in alignment.summary())
         views[role].notes = (*views[role].notes, *lines)
+        views[role].details = {**views[role].details, "alignment": alignment.to_dict()}
     return views
 
 
@@ -163,10 +164,10 @@ class Matching:
     """Coordinate ascent over the blocks of one pair of models."""
 
     def __init__(self, source: TensorSource, to: TensorSource, blocks: Blocks, counterpart: Counterpart) -> None:
-        self.source, self.to, self.counterpart, self.left = source, to, counterpart, blocks.left
-        self.blocks = blocks.found
+        self.source, self.to, self.counterpart, self.left = source, to, counterpart, list(blocks.left)
+        self.blocks = [block for block in blocks.found if self.has_counterpart(block)]
         if not self.blocks:
-            why = f" ({blocks.left[0]})" if blocks.left else ""
+            why = f" ({self.left[0]})" if self.left else ""
             raise MergeError(f"align: nothing of {source.label} is described by a table{why}")
         for slot in (slot for block in self.blocks for slot in block.slots):
             own, theirs = source.shape(slot.key), to.shape(counterpart(slot.key))
@@ -177,6 +178,13 @@ class Matching:
         for slot in self.orders:
             self.by_key.setdefault(slot.key, []).append(slot)
         self.tied_together = any(len({s.axis for s in own}) > 1 for own in self.by_key.values())
+
+    def has_counterpart(self, block: Block) -> bool:
+        """Whether the reference has all tensors of a block; a model may be matched with a part of a larger one."""
+        missing = next((slot.key for slot in block.slots if self.counterpart(slot.key) not in self.to), None)
+        if missing is not None:
+            self.left.append(f"{block.label}: {self.to.label} has no {self.counterpart(missing)}; it keeps its order")
+        return missing is None
 
     def solve(self) -> Alignment:
         with single_thread():

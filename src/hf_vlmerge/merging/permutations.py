@@ -67,6 +67,7 @@ def stacked(name: str) -> list[Places]:
     return [{name: (0, part, 3)} for part in range(3)]
 
 
+VLMO_ATTENTION = fused("qkv", "proj", 0, "never", [{"q_bias": 0}, {}, {"v_bias": 0}])
 BEIT_TABLE = "attention.relative_position_bias.relative_position_bias_table"
 ATTENTION: tuple[AttentionTable, ...] = (
     projections("self.query", "self.key", "self.value", "output.dense", "config",
@@ -78,11 +79,10 @@ ATTENTION: tuple[AttentionTable, ...] = (
     projections("q_lin", "k_lin", "v_lin", "out_lin", "config"),  # DistilBERT
     projections("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o", "never", heads_shared=True),
     projections("EncDecAttention.q", "EncDecAttention.k", "EncDecAttention.v", "EncDecAttention.o", "never"),  # T5
-    fused("qkv", "proj", 0, "never", [{"q_bias": 0}, {}, {"v_bias": 0}]),  # VLMo
+    VLMO_ATTENTION,
     fused("qkv", "proj", 0, "always", stacked("qkv.bias")),  # vision towers, some of which rotate
     fused("c_attn", "c_proj", 1, "config", stacked("c_attn.bias")),  # GPT-2
 )  # fmt: skip
-VLMO_ATTENTION = ATTENTION[7]
 ATTENTION_FIXED = ("output.dense.bias", "output.LayerNorm.*", "proj.bias", "*o_proj.bias", "*out_proj.bias",
                    "out_lin.bias", "c_proj.bias", "layer_norm.*", "DenseReluDense.*")  # fmt: skip
 

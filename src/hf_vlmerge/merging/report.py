@@ -107,7 +107,13 @@ def describe(recipe: Recipe, sources: Sources, groups: list[MergeGroup], config:
             for g in groups
         ],
         sources=[
-            {"role": role, "label": s.label, "revision": s.revision, "files": [published(f) for f in s.files]}
+            {
+                "role": role,
+                "label": s.label,
+                "revision": s.revision,
+                "files": [published(f) for f in s.files],
+                **s.details,
+            }
             for role, s in sources.items()
         ],
         notes=[*recipe.notes, *observations(recipe, sources, groups)],

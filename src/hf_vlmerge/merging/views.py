@@ -3,6 +3,7 @@
 from contextlib import suppress
 from itertools import combinations
 
+from .alignment import aligned
 from .errors import MergeError
 from .groups import Sources
 from .recipe import Recipe
@@ -26,8 +27,6 @@ def viewed(recipe: Recipe, sources: Sources) -> dict[str, TensorSource]:
     else:
         refuse_conflicts([result[role] for role in members])
     if recipe.align:
-        from .alignment import aligned  # it needs groups and sources, and is rarely asked for
-
         result |= aligned(recipe, result)
     return result
 

@@ -47,6 +47,7 @@ class TensorSource(Mapping[str, Tensor]):
 
     def __init__(self) -> None:
         self.metadata: dict[str, str] = {}
+        self.details: dict[str, Any] = {}  # what a view has to report beside its notes, as plain data
         self.side_files: dict[str, Path] = {}
         self.files: tuple[FileRecord, ...] = ()
 

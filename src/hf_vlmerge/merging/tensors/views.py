@@ -15,7 +15,7 @@ class View(TensorSource):
     def __init__(self, source: TensorSource) -> None:
         super().__init__()
         self.source, self.label, self.revision, self.config = source, source.label, source.revision, source.config
-        self.ignored, self.tied, self.notes = source.ignored, source.tied, source.notes
+        self.ignored, self.tied, self.notes, self.details = source.ignored, source.tied, source.notes, source.details
         self.metadata, self.side_files, self.files = source.metadata, source.side_files, source.files
 
     def __iter__(self) -> Iterator[str]:
