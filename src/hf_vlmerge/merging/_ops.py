@@ -453,9 +453,10 @@ def disjoint_sum_(
 def soft_sign_terms(x: Tensor) -> tuple[Tensor, Tensor]:
     """Reduction: the sum of 1 - |sum_m x_m| / sum_m |x_m| over entries (0/0 counts as 0), and the number of entries."""
     x = x.double()
-    magnitude = x.abs().sum(0)
-    agreement = x.sum(0).abs() / magnitude
-    return (1 - agreement.where(magnitude > 0, 1.0)).sum(), torch.tensor(magnitude.numel())
+    total, magnitude = weighted_sum(x, [1.0] * len(x)), weighted_sum(x.abs(), [1.0] * len(x))
+    zero = torch.eq(magnitude, 0, out=torch.empty_like(magnitude))
+    agreement = total.abs_().add_(zero).div_(magnitude.add_(zero))
+    return (1 - agreement).sum(), torch.tensor(magnitude.numel())
 
 
 def soft_sign_value(sums: Tensor, entries: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ def l2():
     """Euclidean norm of the difference; the mean over pairs of more than two members."""
 
     def terms(c: Chunk) -> tuple[Tensor]:
-        return (torch.stack([((a - b) ** 2).sum() for a, b in combinations(c.x.double(), 2)]),)
+        differences = (a - b for a, b in combinations(c.x.double(), 2))
+        return (torch.stack([(d * d).sum() for d in differences]),)
 
     def value(squares: Tensor) -> Tensor:
         return squares.sqrt().mean()

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .._ops import Scope, kth_magnitude, soft_sign_terms, soft_sign_value
+from .._ops import Scope, kth_magnitude, soft_sign_terms, soft_sign_value, trim_
 from ..registry import Chunk, PerMember, Program, distance_metric
 
 
@@ -16,6 +16,6 @@ def tssd(*, keep_fraction: PerMember = 0.2, scope: Scope = "tensor") -> Program:
     threshold = yield from kth_magnitude(keep_fraction, scope)
 
     def terms(c: Chunk) -> tuple[Tensor, Tensor]:
-        return soft_sign_terms(c.x * (c.x.abs() >= threshold[:, None]))
+        return soft_sign_terms(trim_(c.x.clone(), threshold))
 
     return terms, soft_sign_value
