@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "merging": {"merging"},
     "conversion": {"conversion", "merging.tensors", "models"},
     "tasks": {"tasks", "metrics"},
-    "data": {"data", "tasks"},
+    "data": {"data", "tasks", "models.unival.media_unival"},  # decoding travels with the model that needs it
     "training": {"training", "data", "tasks", "conversion"},
     "evaluation": {"evaluation", "tasks", "metrics", "data", "merging"},
     "hub": {"hub", "tasks", "metrics", "data", "merging"},

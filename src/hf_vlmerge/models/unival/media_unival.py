@@ -222,32 +222,34 @@ def _frames_of_file(source: Any, num_frames: int, generator) -> Tensor:
     file, name = open_file(source)
     state = None if generator is None else generator.get_state()
     try:
-        length = _count_packets(av, file)
+        length = _count_packets(av, file, name)
         while True:
             _check_not_empty(length, name)
             chosen = sample_frames(length, num_frames, generator)
-            frames, decoded = _decode(av, file, set(chosen))
+            frames, decoded = _decode(av, file, name, set(chosen))
             if len(frames) == len(set(chosen)):
                 return torch.stack([frames[i] for i in chosen]).permute(0, 3, 1, 2)
             length = decoded  # some packets were no frames: choose again from those that are
             if state is not None:
                 generator.set_state(state)
+    except EOFError as error:
+        raise ValueError(f"{name} is an empty or cut video: it ends before its first frame.") from error
     except av.FFmpegError as error:
         raise ValueError(f"cannot decode {name} as a video: {error}") from error
 
 
-def _count_packets(av, file: Any) -> int:
+def _count_packets(av, file: Any, name: str) -> int:
     with _container(av, file) as container:
-        stream = _video_stream(container)
+        stream = _video_stream(container, name)
         return sum(packet.size > 0 for packet in container.demux(stream))
 
 
-def _decode(av, file: Any, wanted: set[int]) -> tuple[dict[int, Tensor], int]:
+def _decode(av, file: Any, name: str, wanted: set[int]) -> tuple[dict[int, Tensor], int]:
     """Frames (H, W, 3) of the wanted indices, turned upright, and how many frames were decoded."""
     frames: dict[int, Tensor] = {}
     decoded = 0
     with _container(av, file) as container:
-        stream = _video_stream(container)
+        stream = _video_stream(container, name)
         stream.thread_type = "AUTO"
         for decoded, frame in enumerate(container.decode(stream), start=1):
             if decoded - 1 in wanted:
@@ -265,9 +267,9 @@ def _container(av, file: Any) -> Any:
     return av.open(file)
 
 
-def _video_stream(container: Any) -> Any:
+def _video_stream(container: Any, name: str) -> Any:
     if not container.streams.video:
-        raise ValueError("the file has no video stream.")
+        raise ValueError(f"{name} has no video stream.")
     return container.streams.video[0]
 
 
