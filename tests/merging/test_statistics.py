@@ -177,3 +177,70 @@ def test_means_use_the_token_counts_of_the_file(tmp_path):
         return (merge_tensors(recipe, sources)["weight"] - models["a"].weight).norm()
 
     assert error(gram="sum") < error(gram="mean")  # the member with more tokens weighs more in sums
+
+
+def test_one_sum_for_layers_that_are_always_fed_together(model):
+    grams = collect_grams(model, batches((2, 3, 4), (1, 3, 4)), progress=False)
+    assert grams.sums["k.weight"] is grams.sums["q.weight"] and grams.sums["v.weight"] is grams.sums["q.weight"]
+
+
+def test_a_view_of_an_input_is_that_input_and_layers_fed_apart_have_their_own_sums(model):
+    def forward(model, batch):
+        x = batch["x"]
+        model.q(x)
+        model.k(x.view(x.shape))
+        if len(x) == 1:  # in one batch only
+            model.v(x.clone())
+        else:
+            model.v(x)
+
+    data = batches((2, 3, 4), (1, 3, 4))
+    grams = collect_grams(model, data, forward=forward, progress=False)
+    x = torch.cat([b["x"].reshape(-1, 4) for b in data]).double()
+    assert grams.sums["k.weight"] is grams.sums["q.weight"] and grams.sums["v.weight"] is not grams.sums["q.weight"]
+    for name in ("q.weight", "v.weight"):
+        torch.testing.assert_close(grams.sums[name], x.T @ x, rtol=1e-6, atol=1e-6)
+        assert grams.tokens[name] == 9
+
+
+def test_wide_inputs_and_many_rows_are_exactly_symmetric_and_near_float64():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(600, 2), torch.randn(5000, 600) + 0.5
+    gram = collect_grams(layer, [{"input": x}], progress=False).sums["weight"]
+    exact = x.double().T @ x.double()
+    assert gram.equal(gram.T) and float((gram - exact).norm() / exact.norm()) < 1e-6
+
+
+def test_sampled_tokens_are_unbiased_and_their_error_is_the_stated_one():
+    """The mean square of the relative error over many draws, against (1 - m / N) (1 + r) / m."""
+    torch.manual_seed(0)
+    layer, count = nn.Linear(12, 2), 400
+    x = torch.randn(count, 12) * torch.linspace(0.3, 2, 12)
+    whole = collect_grams(layer, [{"input": x}], progress=False).sums["weight"]
+    rank = float(whole.trace() ** 2 / whole.norm() ** 2)
+    for amount, taken in ((0.25, 100), (40, 40)):
+        draws = [
+            collect_grams(layer, [{"input": x}], sample_tokens=amount, seed=seed, progress=False) for seed in range(200)
+        ]
+        assert all(d.tokens == {"weight": count} for d in draws)
+        errors = torch.stack([d.sums["weight"] - whole for d in draws])
+        stated = (1 - taken / count) * (1 + rank) / taken
+        measured = float(errors.square().sum((1, 2)).mean() / whole.norm() ** 2)
+        assert 0.85 < measured / stated < 1.15
+        assert float(errors.mean(0).norm() / whole.norm()) < 3 * (stated / 200) ** 0.5
+    assert draws[0].metadata["sample_tokens"] == 40 and draws[0].metadata["seed"] == 0
+    again = collect_grams(layer, [{"input": x}], sample_tokens=40, seed=0, progress=False)
+    assert again.sums["weight"].equal(draws[0].sums["weight"])
+    everything = collect_grams(layer, [{"input": x}], sample_tokens=1.0, progress=False)
+    assert everything.sums["weight"].equal(whole)
+
+
+@pytest.mark.parametrize("amount", [0, -1, 0.0, 1.5, True])
+def test_what_is_no_number_of_tokens(model, amount):
+    with pytest.raises(MergeError, match=r"sample_tokens is a share up to 1\.0 or a whole number of rows"):
+        collect_grams(model, batches((2, 3, 4)), sample_tokens=amount)
+
+
+def test_batches_are_mappings(model):
+    with pytest.raises(MergeError, match="a batch is a mapping of a model's arguments, not Tensor"):
+        collect_grams(model, [torch.ones(2, 3, 4)], progress=False)

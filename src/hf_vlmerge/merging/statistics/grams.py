@@ -198,10 +198,12 @@ class Collector:
         for key in self.totals:
             for name in key:
                 groups.setdefault(name, []).append(key)
-        whole = {key: mirrored(total).cpu() for key, total in self.totals.items()}
-        sums = {
-            name: whole[keys[0]] if len(keys) == 1 else sum(whole[k] for k in keys) for name, keys in groups.items()
-        }
+        parts = {key: mirrored(total).cpu() for key, total in self.totals.items()}
+        whole: dict[tuple, Tensor] = {}  # a name's sum may have several parts, where batches feed layers differently
+        for keys in groups.values():
+            if tuple(keys) not in whole:
+                whole[tuple(keys)] = parts[keys[0]] if len(keys) == 1 else sum(parts[k] for k in keys)
+        sums = {name: whole[tuple(keys)] for name, keys in groups.items()}
         return sums, {name: sum(self.rows[k] for k in keys) for name, keys in groups.items()}
 
 
