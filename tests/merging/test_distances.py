@@ -153,6 +153,16 @@ def test_the_chunk_size_changes_nothing(metric):
     assert runs[0] == runs[1] == runs[2]
 
 
+def test_the_number_of_threads_changes_nothing(metric, monkeypatch):
+    models = {n: {f"{i}.w": torch.randn(3000) for i in range(20)} for n in "abc"}
+    found = []
+    for threads in ("1", "3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(3)), raising=False)
+        found.append(distance(models, metric=metric, progress=False).to_dict())
+    assert found[0] == found[1]
+
+
 def test_what_can_be_compared(tmp_path):
     for name, seed in (("left", 0), ("right", 1)):
         (tmp_path / name).mkdir()

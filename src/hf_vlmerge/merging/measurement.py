@@ -24,10 +24,11 @@ from .registry import Distance, get_distance
 from .streaming import CHUNK_SIZE, Job, Reader, settle_whole_model
 from .tensors.sources import TensorSource
 from .weights import layer_of
+from .workers import Workers, available_threads
 
 Pairs = Literal["each", "all"] | Sequence[tuple[str, str]]
 Reference = Literal["none", "base"]
-HELD = 1 << 26  # elements of all members of one tensor that are kept in memory between the passes over it
+HELD = 1 << 25  # elements of all members of one tensor that a thread keeps in memory between the passes over it
 
 
 class DistanceRow(NamedTuple):
@@ -143,9 +144,9 @@ def measure(
         jobs, lambda p: map(p.part, reader.chunks(p.whole, p.method.unit)), lambda p: (p.number, p.members)
     )
     sums: list[list[Sums]] = [[] for _ in asked]
-    with tqdm(total=len(jobs), desc="distances", disable=not progress) as bar:
-        for pairs_of_group in filter(None, work):
-            for pair, totals in measured(pairs_of_group, reader):
+    with Workers(available_threads()) as workers, tqdm(total=len(jobs), desc="distances", disable=not progress) as bar:
+        for found in workers.map(lambda pairs: list(measured(pairs, reader)), filter(None, work)):
+            for pair, totals in found:
                 sums[pair.number].append(Sums(pair.group, totals, pair.step.result[1]))
                 bar.update()
     return [summarise(m, each, found) for m, each, found in zip(methods, asked, sums, strict=True)]
