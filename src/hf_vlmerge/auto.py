@@ -1,13 +1,14 @@
 """Makes the Auto classes of `transformers` know our models, in any import order, without importing `transformers`.
 
 `transformers` has no plug-in entry point, so a package has to call `AutoConfig.register` and its relatives itself.
-Doing that at import would load torch. Instead, `install()` waits for four kinds of module and acts once, right after
+Doing that at import would load torch. Instead, `install()` waits for the following modules and acts once, right after
 each has run:
 
 * `configuration_auto`: register our configuration classes;
 * our own `configuration_<family>`: wrap `__init__`, so that the first instance registers the model classes. Every
   look-up of a model class holds a configuration instance, and by then `modeling_auto` can be imported without a circle;
-* `processing_auto` and `image_processing_auto`: register the processors, which are looked up by name alone.
+* `processing_auto`, `image_processing_auto` and `feature_extraction_auto`: register the processors, which are looked
+  up by name alone.
 
 A module that has already run is acted upon at once.
 
@@ -32,6 +33,7 @@ class Family(NamedTuple):
     models: dict[str, str]  # Auto class -> our class
     image_processor: str
     processor: str
+    feature_extractor: str = ""
 
 
 FAMILIES = {
@@ -45,6 +47,17 @@ FAMILIES = {
         },
         image_processor="VlmoImageProcessor",
         processor="VlmoProcessor",
+    ),
+    "unival": Family(
+        config="UnivalConfig",
+        models={
+            "AutoModel": "UnivalModel",
+            "AutoModelForImageTextToText": "UnivalForConditionalGeneration",
+            "AutoModelForSeq2SeqLM": "UnivalForConditionalGeneration",
+        },
+        image_processor="UnivalImageProcessor",
+        processor="UnivalProcessor",
+        feature_extractor="UnivalFeatureExtractor",
     ),
 }
 
@@ -74,6 +87,9 @@ def add_remote_code(folder: "Path | str") -> None:
         return {auto: f"{kind}_{model_type}.{name}" for auto, name in classes.items()}
 
     image_processor = names("image_processing", {"AutoImageProcessor": family.image_processor})
+    feature_extractor = {}
+    if family.feature_extractor:
+        feature_extractor = names("feature_extraction", {"AutoFeatureExtractor": family.feature_extractor})
     processor = names("processing", {"AutoProcessor": family.processor})
     models = names("configuration", {"AutoConfig": family.config}) | names("modeling", family.models)
     maps = {
@@ -86,8 +102,9 @@ def add_remote_code(folder: "Path | str") -> None:
         path = folder / name
         if path.is_file():
             content = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": auto_map}
-            if "image_processor" in content:  # nested in processor_config.json
-                content["image_processor"]["auto_map"] = image_processor | processor
+            for part, classes in (("image_processor", image_processor), ("feature_extractor", feature_extractor)):
+                if part in content:  # nested in processor_config.json
+                    content[part]["auto_map"] = classes | processor
             path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -95,6 +112,7 @@ def install() -> None:
     """Arrange the registrations. Idempotent; imports nothing that is not imported already."""
     actions: dict[str, Callable[[], None]] = {
         "transformers.models.auto.configuration_auto": _register_configs,
+        "transformers.models.auto.feature_extraction_auto": _register_feature_extractors,
         "transformers.models.auto.image_processing_auto": _register_image_processors,
         "transformers.models.auto.processing_auto": _register_processors,
     }
@@ -187,6 +205,15 @@ def _register_image_processors() -> None:
         except ImportError:
             # transformers 5.17 refuses any use of AutoImageProcessor without torchvision: nothing to register with.
             return
+
+
+def _register_feature_extractors() -> None:
+    for model_type, family in FAMILIES.items():
+        if family.feature_extractor:
+            config = _load(model_type, "configuration", family.config)
+            feature_extractor = _load(model_type, "feature_extraction", family.feature_extractor)
+            auto = _auto("AutoFeatureExtractor", "feature_extraction_auto")
+            auto.register(config, feature_extractor, exist_ok=True)
 
 
 def _register_processors() -> None:
