@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import hf_vlmerge.merging as merging
+from hf_vlmerge.cli.methods import describe
 from hf_vlmerge.merging import get_merge_method, list_merge_methods
 from hf_vlmerge.merging.registry import MERGE_METHODS
 
@@ -15,18 +16,23 @@ MARKS = re.compile(r"(<!-- methods: .*? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def table():
-    lines = ["| method | what it gives | parameters | needs | paper |", "|---|---|---|---|---|"]
+    lines = [
+        "| method | what it gives | parameters | needs | cost | streaming | paper |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    notes = ["", "Where references disagree, and which one the defaults follow:", ""]
     for method in map(get_merge_method, list_merge_methods()):
-        names = [f"`{name}` {default(p.default)}" for name, p in method.parameters.items()]
-        names += ["`weights` 1"] if method.weighted else []
-        needs = [*(["base"] if method.needs_base else []), *([method.statistics] if method.statistics else [])]
-        least, most = method.members
-        needs += [f"{least} members" if least == most else f"at most {most} members"] if most < 100 else []
-        arxiv = bool(re.fullmatch(r"\d{4}\.\d{5}", method.paper or ""))
-        paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})" if arxiv else method.paper
-        cells = (f"`{method.name}`", method.summary.rstrip("."), ", ".join(names), ", ".join(needs), paper)
+        facts = describe(method)
+        names = [f"`{name}` {default(value)}" for name, value in facts["parameters"].items()]
+        links = re.sub(r"(https://arxiv\.org/abs/(\S+))", r"[\2](\1)", facts["paper"])
+        cells = (f"`{method.name}`", method.summary.rstrip("."), ", ".join(names), ", ".join(facts["needs"]))
+        cells = [cell.replace("|", "\\|") for cell in (*cells, facts["cost"], facts["streaming"], links)]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        theirs = ", ".join(f"`{name}: {default(value)}`" for name, value in facts["mergekit"].items())
+        said = [facts["disagreements"], f"`compat: mergekit` is {theirs}." if theirs else ""]
+        if any(said):
+            notes.append(f"- `{method.name}`: {' '.join(filter(None, said))}")
+    return "\n".join((*lines, *notes)) + "\n"
 
 
 def default(value):

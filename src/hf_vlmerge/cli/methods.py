@@ -1,6 +1,7 @@
 """`hf-vlmerge methods`: the merge methods with their papers and parameters."""
 
 import json
+import textwrap
 from typing import Annotated
 
 import typer
@@ -21,27 +22,48 @@ def methods(
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    for row in rows:
-        needs = [need for need in ("base", "statistics") if row[f"needs_{need}"]]
-        print(f"{row['name']}  {row['paper']}" + (f"  (needs {' and '.join(needs)})" if needs else ""))
-        print(f"    {row['summary']}")
-        for parameter, default in row["parameters"].items():
-            print(f"    {parameter} = {default}")
+    print("\n\n".join(map(text, rows)))
+
+
+def text(row: dict) -> str:
+    """One method as a paragraph."""
+    needs = f"  (needs {' and '.join(row['needs'])})" if row["needs"] else ""
+    lines = [f"{row['name']}  {row['paper']}{needs}", row["summary"], f"cost {row['cost']}; {row['streaming']}"]
+    for parameter, default in row["parameters"].items():
+        other = row["mergekit"].get(parameter, default)
+        lines.append(f"{parameter} = {default}" + (f"  (mergekit: {other})" if other != default else ""))
+    return "\n    ".join([*lines, *textwrap.wrap(row["disagreements"], 100)])
 
 
 def describe(method) -> dict:
-    """Name, paper, first line of the docstring, needs, and parameters with their defaults."""
+    """What a method is: paper, first line of the docstring, needs, cost, streaming class, parameters with their
+    defaults and those of mergekit's variant, and where references disagree."""
     return {
         "name": method.name,
         "paper": paper_link(method.paper),
         "summary": method.summary,
+        "needs": needs_of(method),
         "needs_base": bool(method.needs_base),
         "needs_statistics": bool(method.statistics),
+        "cost": method.cost,
+        "streaming": method.streaming,
         "parameters": {
-            name: "required" if parameter.default is parameter.empty else parameter.default
-            for name, parameter in method.parameters.items()
+            **{name: parameter.default for name, parameter in method.parameters.items()},
+            **({"weights": 1.0} if method.weighted else {}),
         },
+        "mergekit": dict(method.mergekit),
+        "disagreements": method.disagreements,
     }
+
+
+def needs_of(method) -> list[str]:
+    """What a recipe must give for a method."""
+    least, most = method.members
+    count = [f"{least} member{'s' if least > 1 else ''}"] if least == most else []
+    count += [f"at most {most} members"] if least < most < 100 else []
+    count += [f"at least {least} members"] if least > 1 and most >= 100 else []
+    base = ["base"] if method.needs_base else ["base (optional)"] if method.takes_base else []
+    return [*base, *([method.statistics] if method.statistics else []), *count]
 
 
 def paper_link(paper: str | None) -> str:

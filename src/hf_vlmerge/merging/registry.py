@@ -62,6 +62,18 @@ class Method:
     def summary(self) -> str:
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
+    @property
+    def streaming(self) -> str:
+        """What of a tensor must be seen at once and, with the default parameters, what must be summed up before."""
+        if self.unit == "tensor":
+            return "whole matrices"
+        what = "elementwise" if self.unit == "element" else "rows"
+        parameters, _ = self.bind({}, [str(i) for i in range(self.members[0])])
+        request = begin(self.program(parameters)).request
+        if request is None:
+            return what
+        return f"{what} after sums over the {'model' if isinstance(request, WholeModel) else 'tensor'}"
+
     def is_per_member(self, parameter: str) -> bool:
         return parameter == "weights" or self.parameters[parameter].annotation == PerMember
 

@@ -1,6 +1,10 @@
 """What the tests of the formulas share: members near a base, a float64 comparison, and one rounding of bfloat16."""
 
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 
 from hf_vlmerge.merging import get_merge_method
@@ -52,3 +56,14 @@ def elected_mean(tau, weights=None, divide_by=None):
 
 def close(result, expected):
     torch.testing.assert_close(result, torch.tensor(expected, dtype=result.dtype), rtol=0, atol=1e-6)
+
+
+def peft_merge_utils():
+    """peft's merge utilities, without the seconds that importing all of peft takes."""
+    found = find_spec("peft")
+    if found is None:
+        pytest.skip("peft is not here")
+    spec = spec_from_file_location("peft_merge_utils", Path(found.origin).parent / "utils" / "merge_utils.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_vlmerge.merging import MergeError, get_merge_method
-from tests.merging.methods.oracle import MEMBERS, agrees, close, elected_mean, inputs
+from tests.merging.methods.oracle import MEMBERS, agrees, close, elected_mean, inputs, peft_merge_utils
 
 BASE = torch.ones(2, 2)
 A = BASE + torch.tensor([[4.0, -1.0], [2.0, 0.5]])
@@ -125,7 +125,7 @@ def test_probabilities_lie_between_0_and_1():
 
 
 def test_peft_makes_the_same_of_task_vectors_where_nothing_is_dropped():
-    merge_utils = pytest.importorskip("peft.utils.merge_utils")
+    merge_utils = peft_merge_utils()
     members, base = inputs()
     tau, weights = torch.stack([m - base for m in members]), [0.5, 1.5, -0.2]
     mask = merge_utils.calculate_majority_sign_mask(tau)  # peft's dare_ties warns at density 1; these are its steps

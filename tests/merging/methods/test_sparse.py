@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_vlmerge.merging import MergeError, get_merge_method, merge_tensors
-from tests.merging.methods.oracle import agrees, close, elected_mean, inputs, top
+from tests.merging.methods.oracle import agrees, close, elected_mean, inputs, peft_merge_utils, top
 
 ties, breadcrumbs = get_merge_method("ties"), get_merge_method("breadcrumbs")
 BASE = torch.ones(2, 2)
@@ -129,7 +129,7 @@ def test_a_density_is_a_share(name):
 @pytest.mark.parametrize("density", [0.25, 0.6])
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.5, 1.5, -0.2]])
 def test_peft_makes_the_same_of_task_vectors(density, weights):
-    merge_utils = pytest.importorskip("peft.utils.merge_utils")
+    merge_utils = peft_merge_utils()
     members, base = inputs()
     tau, scales = [m - base for m in members], torch.tensor(weights)
     options = {"base": base, "density": density, "weights": weights}

@@ -17,7 +17,6 @@ from ..registry import Chunk, Program, merge_method
     needs_base=True,
     weighted=False,
     members=(2, 1 << 30),
-    mergekit={"filter_wise": False, "average": "cosine"},
     cost="O(n^2 P)",
     disagreements="mergekit averages the pairs' cosines, fusion_bench their angles; they agree for two members. The "
     "official repository has no code.",

@@ -14,7 +14,7 @@ from ..registry import Chunk, Program, merge_method
     members=(2, 2),
     weighted=False,
     cost="O(P)",
-    disagreements="mergekit keeps the norms of both tensors, as here; others interpolate the norm as well.",
+    disagreements="mergekit and fusion_bench apply the coefficients to tensors with their own norms, as here.",
 )
 def slerp(*, ratio: float = 0.5) -> Program:
     """Along the great circle between two members; ratio 0 is the first one, ratio 1 the second.
