@@ -311,7 +311,7 @@ def breadcrumbs_window(density: Sequence[float], gamma: Sequence[float], over: R
         for i, rows in enumerate(tau):
             ordered = -np.sort(-rows.abs().cpu().numpy(), axis=1)
             ranks = window(i, rows.shape[1])
-            most, least = (torch.from_numpy(ordered[:, rank - 1 : rank]) if rank else torch.inf for rank in ranks)
+            most, least = (torch.from_numpy(ordered[:, r - 1 : r]).to(rows.device) if r else torch.inf for r in ranks)
             magnitude = rows.abs()
             rows.mul_((magnitude >= least) & (magnitude <= most))
         return tau

@@ -86,7 +86,7 @@ class Chunk:
             shares = np.full(len(open_), share)
         if len(open_):  # one number in 65536 falls between: it is decided by 32 bits more
             kept[open_] = more_bits(identity, self.start + open_) < shares * 2.0**32
-        return torch.from_numpy(kept).reshape(self.x.shape[1:])
+        return torch.from_numpy(kept).reshape(self.x.shape[1:]).to(self.x.device)
 
 
 Reduce = Callable[[Chunk], tuple[Tensor, ...]]  # int64 or float64 of fixed shape; the engine adds them up

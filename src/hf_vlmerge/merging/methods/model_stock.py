@@ -32,7 +32,7 @@ def model_stock(*, filter_wise: bool = False, average: Literal["cosine", "angle"
         (gram,) = yield dots_from_base
 
     def merge(c: Chunk) -> Tensor:
-        t = ratios(products(c.deltas(), dim=1) if gram is None else gram, average)
+        t = ratios(products(c.deltas(), dim=1) if gram is None else gram, average).to(c.x.device)
         return mean(c.deltas()).mul_(t[:, None] if filter_wise else t).add_(c.base)
 
     return merge
@@ -46,6 +46,4 @@ def ratios(gram: Tensor, average: str) -> Tensor:
     c = sum(cosines) / len(pairs) if average == "cosine" else np.cos(sum(map(np.arccos, cosines)) / len(pairs))
     divisor = 1 + (n - 1) * c
     lost = np.abs(divisor) < 1e-6
-    return (
-        torch.from_numpy(np.asarray(np.where(lost, 0.0, n * c / np.where(lost, 1.0, divisor)))).float().to(gram.device)
-    )
+    return torch.from_numpy(np.asarray(np.where(lost, 0.0, n * c / np.where(lost, 1.0, divisor)))).float()

@@ -35,7 +35,7 @@ def nuslerp(*, along: Literal["tensor", "row", "column"] = "tensor") -> Program:
 
     def merge(c: Chunk) -> Tensor:
         x = from_base(c)
-        first, second = arc(products(x, dim=1) if gram is None else gram, c.weights.tolist())
+        first, second = arc(products(x, dim=1) if gram is None else gram, c.weights.tolist(), x.device)
         if along == "row":
             first, second = first[:, None], second[:, None]
         merged = weighted_sum(x, [first, second])
@@ -44,7 +44,7 @@ def nuslerp(*, along: Literal["tensor", "row", "column"] = "tensor") -> Program:
     return merge
 
 
-def arc(gram: Tensor, weights: list[float]) -> list[Tensor]:
+def arc(gram: Tensor, weights: list[float], device: torch.device) -> list[Tensor]:
     """Coefficients of both vectors from their inner products, (2, 2, ...) float64; float32 of shape (...)."""
     (xx, xy), (_, yy) = gram.cpu().numpy()
     t = weights[1] / sum(weights) if abs(sum(weights)) >= 1e-6 else 0.5
@@ -52,4 +52,4 @@ def arc(gram: Tensor, weights: list[float]) -> list[Tensor]:
     parallel = 1 - cosine**2 <= 1e-14
     angle = np.arccos(np.where(parallel, 0.0, cosine))
     pair = [np.where(parallel, s, np.sin(s * angle) / np.sin(angle)) for s in (1 - t, t)]
-    return [torch.from_numpy(p).float().to(gram.device) for p in pair]
+    return [torch.from_numpy(p).float().to(device) for p in pair]
