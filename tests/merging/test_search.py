@@ -16,6 +16,7 @@ from hf_vlmerge.merging.objectives import Command, load_into
 from hf_vlmerge.merging.search import InMemory, sweep
 from hf_vlmerge.merging.tensors.sources import DictSource
 from hf_vlmerge.merging.variation import changed
+from tests.merging.architectures import ARCHITECTURES, build, moved, save, tensors_of
 
 SEED = {"layers.0.w": torch.zeros(4, 3), "layers.1.w": torch.zeros(4, 3)}
 VECTORS = {"a": torch.tensor([1.0, 0, 0]), "b": torch.tensor([0, 1.0, 0]), "c": torch.tensor([0, 0, 1.0])}
@@ -89,6 +90,17 @@ def test_a_wrong_path_is_told_before_anything_is_scored(path, message):
     with pytest.raises(MergeError) as error:
         search(pytest.fail, grid={path: [1, 2]})
     assert message in str(error.value)
+
+
+def test_the_ratio_between_the_experts_of_one_checkpoint():
+    experts = {f"layers.0.ffn.{e}.w": SOURCES[m]["layers.0.w"] for e, m in (("vision", "a"), ("language", "b"))}
+    recipe = {"merge_method": "interpolation", "experts_of": "specific", "experts": {"experts": ["vision", "language"]}}
+    grid = {"parameters.ratio": [0.25, 0.5, 0.75]}
+    score = nearness(0.75, 0.25, 0.0)
+    report = sweep(recipe, score, grid=grid, sources={"specific": experts}, progress=False)
+    assert report.best.settings == {"parameters.ratio": 0.75} and report.best.score == 0
+    with pytest.raises(MergeError, match="a soup is the mean of several models"):
+        sweep(recipe, score, greedy=True, sources={"specific": experts}, progress=False)
 
 
 def test_soups():
@@ -265,6 +277,21 @@ def test_a_model_takes_each_candidate():
         objective({**tensors, "embed.weights": tensors["embed.weight"]})
     with pytest.raises(MergeError, match=r"embed.weight \(4, 3\) is merged, but .* of shape \(5, 3\)"):
         objective({**tensors, "embed.weight": torch.zeros(4, 3)})
+
+
+@pytest.mark.parametrize("name", ["BERT", "ViT", "LLaVA", "Llama tied"])
+def test_models_of_transformers_take_what_their_files_hold(name, tmp_path):
+    """ViT and LLaVA have other names in their files than in memory, BERT and Llama have tied tensors."""
+    tiny = ARCHITECTURES[name]
+    model = build(tiny)
+    tensors = tensors_of(save(moved(model, 1), tmp_path / "moved"))
+    score = load_into(model, lambda m: sum(v.double().abs().sum().item() for v in m.parameters()))(tensors)
+    assert score == pytest.approx(sum(t.double().abs().sum().item() for t in tensors.values()))
+    first = next(iter(tensors))
+    with pytest.raises(MergeError, match=r"lack|is missing"):
+        load_into(model, len)({k: v for k, v in tensors.items() if k != first})
+    with pytest.raises(MergeError, match="no such tensor"):
+        load_into(model, len)({**tensors, "nowhere.weight": torch.ones(2)})
 
 
 def test_a_source_in_memory_is_like_the_source():

@@ -48,11 +48,14 @@ class Command:
 def load_into(model: nn.Module, metric: Callable[[nn.Module], float]) -> Objective:
     """An objective that loads each candidate into ``model`` and asks ``metric(model)``, in eval mode.
 
-    The model must have exactly the merged tensors (tied ones once). Afterwards it holds the last candidate.
+    The model must have exactly the merged tensors (tied ones once). Where a class of transformers stores its tensors
+    under other names than it has them, its own loading renames them. Afterwards the model holds the last candidate.
     """
     own = model.state_dict(keep_vars=True)
 
     def objective(tensors: Mapping[str, Tensor]) -> float:
+        if tensors.keys() - own.keys() and hasattr(model, "from_pretrained"):
+            tensors = renamed(model, tensors)
         for name, value in tensors.items():
             if name not in own or own[name].shape != value.shape:
                 shape = f" of shape {tuple(own[name].shape)}" if name in own else closest(name, own)
@@ -70,6 +73,20 @@ def load_into(model: nn.Module, metric: Callable[[nn.Module], float]) -> Objecti
             model.train(was_training)
 
     return objective
+
+
+def renamed(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that a model of transformers has for them, by way of its own loading."""
+    options = {"config": model.config, "state_dict": dict(tensors), "dtype": model.dtype}
+    fresh, info = type(model).from_pretrained(None, output_loading_info=True, **options)
+    for kind, said in (
+        ("unexpected_keys", "is merged, but the model has no such tensor"),
+        ("missing_keys", "is missing"),
+    ):
+        if info[kind]:
+            name = min(info[kind])
+            raise MergeError(f"{name} {said}{closest(name, fresh.state_dict())}")
+    return fresh.state_dict()
 
 
 def number(value: Any) -> float:
