@@ -144,6 +144,12 @@ def test_shape_and_dtype_are_kept_and_inputs_untouched(name):
             assert all(result.data_ptr() != t.data_ptr() for t in tensors)
 
 
+def test_a_tensor_without_elements_stays_one(name):
+    if get_merge_method(name).unit != "tensor":
+        for shape in ((0, 6), (6, 0), (0,)):
+            assert call(name, [torch.empty(shape)] * 2, torch.empty(shape)).shape == shape
+
+
 def test_members_equal_to_the_base_give_the_base(name):
     x = torch.randn(5, 6)
     torch.testing.assert_close(call(name, [x, x], x), x, rtol=1e-6, atol=1e-6)

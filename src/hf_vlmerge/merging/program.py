@@ -187,7 +187,7 @@ def blocks(chunk: Chunk, unit: Unit) -> Iterator[Chunk]:
         return
     width = 1 if unit == "element" else max(1, chunk.x.shape[2])
     step = max(1, BLOCK // width)
-    for at in range(0, chunk.x.shape[1], step):
+    for at in range(0, max(1, chunk.x.shape[1]), step):  # a tensor without elements has one block, an empty one
         base = None if chunk.base is None else chunk.base[at : at + step]
         own = tuple(None if s is None else s[at : at + step] for s in chunk.statistics)
         yield replace(chunk, x=chunk.x[:, at : at + step], base=base, statistics=own, start=chunk.start + at * width)

@@ -45,5 +45,7 @@ def importance(c: Chunk) -> Tensor:
 
 
 def softmax(rows: Tensor) -> Tensor:
+    if not rows.numel():
+        return rows.clone()
     powers = torch.exp(rows - rows.amax(1, keepdim=True))
     return powers / powers.sum(1, keepdim=True)

@@ -1,0 +1,87 @@
+"""Values of given ranks, exactly: whatever the sample said, over chunks of any size, over one tensor or the model."""
+
+import pytest
+import torch
+
+from hf_vlmerge.merging._ops import EVERY, RUN, delta_magnitudes, kth_largest, magnitudes
+from hf_vlmerge.merging.program import BLOCK, Chunk, begin, complete
+from hf_vlmerge.merging.registry import MergeMethod
+from hf_vlmerge.merging.streaming import Job, settle_whole_model
+
+N = 3 * BLOCK + 77
+RANKS = (1, 2, 77, N // 5, N // 2, N - 1, N)
+
+
+def chunks(x, size, base=None):
+    def make(at):
+        own = None if base is None else base[at : at + size]
+        return Chunk(x[:, at : at + size], own, tuple("abc"[: len(x)]), torch.ones(len(x)), start=at)
+
+    return [make(at) for at in range(0, max(1, x.shape[1]), size)]
+
+
+def found(x, ranks, size=BLOCK, values=magnitudes, base=None):
+    program = kth_largest(values, lambda row, entries: list(ranks))
+    return complete(program, begin(program), lambda: chunks(x, size, base), "element")
+
+
+def unlike_its_sample():
+    """Zeros and huge values in turn wherever the sample may look, small ones elsewhere."""
+    x = torch.rand(2, N)
+    x[:, torch.arange(N) % EVERY < RUN * 5] = 0.0
+    x[1, torch.arange(N) % EVERY < RUN] = 1e6
+    return x
+
+
+CASES = {
+    "normal": lambda: torch.randn(2, N),
+    "few values": lambda: torch.randint(-3, 4, (2, N)).float(),
+    "one value": lambda: torch.full((2, N), -0.25),
+    "zeros": lambda: torch.zeros(2, N),
+    "beyond the bins": lambda: torch.cat([torch.randn(2, N // 2) * 1e-30, torch.randn(2, N - N // 2) * 1e30], 1),
+    "subnormal": lambda: torch.randn(2, N) * 1e-42,
+    "with infinities": lambda: torch.randn(2, N).masked_fill(torch.rand(2, N) < 0.001, torch.inf),
+    "sorted": lambda: torch.randn(2, N).sort(1).values,
+    "unlike its sample": unlike_its_sample,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_are_exact(case):
+    x = CASES[case]()
+    expected = x.abs().sort(1, descending=True).values[:, [rank - 1 for rank in RANKS]]
+    for size in (BLOCK, 2 * BLOCK, 4 * BLOCK):
+        assert found(x, RANKS, size).equal(expected)
+
+
+def test_of_no_rank_or_no_entries_the_answer_is_infinite():
+    assert found(torch.ones(1, 5), [0, 1]).tolist() == [[torch.inf, 1.0]]
+    assert found(torch.ones(2, 0), [1]).tolist() == [[torch.inf], [torch.inf]]
+
+
+def test_magnitudes_of_differences():
+    x, base = torch.randn(3, N), torch.randn(N)
+    expected = (x - base).abs().sort(1, descending=True).values[:, [99]]
+    assert found(x, [100], values=delta_magnitudes, base=base).equal(expected)
+
+
+def test_over_the_model_each_member_has_the_tensors_that_have_it():
+    class Group:
+        def __init__(self, members, x):
+            self.members, self.x, self.parameters = members, x, {}
+
+    def program():
+        return (yield from kth_largest(magnitudes, lambda row, entries: [entries // 4], "global"))
+
+    a, b, c = torch.randn(2, 5000), torch.randn(2, 70000), torch.randn(1, 300)
+    jobs = [
+        Job(Group(members, x), MergeMethod("probe", program))
+        for members, x in ((("v", "l"), a), (("l", "vl"), b), (("vl",), c))
+    ]
+    settle_whole_model(
+        jobs, lambda j: [Chunk(j.group.x, None, j.group.members, torch.ones(len(j.group.members)))], lambda j: "kin"
+    )
+    pools = {"v": a[0], "l": torch.cat([a[1], b[0]]), "vl": torch.cat([b[1], c[0]])}
+    expected = {m: pool.abs().sort(descending=True).values[len(pool) // 4 - 1] for m, pool in pools.items()}
+    for job in jobs:
+        assert job.step.result[:, 0].tolist() == [expected[m].item() for m in job.group.members]
