@@ -6,7 +6,7 @@ floats several times faster than into bool, and multiplies by them faster still.
 place.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations_with_replacement
 from math import sqrt
@@ -51,6 +51,15 @@ def weighted_sum(x: Tensor, weights: Sequence[float | Tensor]) -> Tensor:
     return result
 
 
+def weighted_deltas(c: Chunk, weights: Sequence[float]) -> Tensor:
+    """Sum of ``weights[i] * (x[i] - base)``, one task vector at a time."""
+    result = None
+    for x, weight in zip(c.x, weights, strict=True):
+        (delta,) = weigh_([x - c.base], [weight])
+        result = delta if result is None else result.add_(delta)
+    return result
+
+
 def mean(x: Tensor) -> Tensor:
     """Plain mean over members."""
     return weighted_sum(x, [1 / len(x)] * len(x))
@@ -64,7 +73,7 @@ def normalized(weights: Sequence[float]) -> list[float]:
     return [w / total for w in weights]
 
 
-def weigh_(x: Tensor, weights: Sequence[float]) -> Tensor:
+def weigh_(x: Iterable[Tensor], weights: Sequence[float]) -> Iterable[Tensor]:
     """``weights[i] * x[i]`` for every member."""
     for member, weight in zip(x, weights, strict=True):
         if weight != 1:
