@@ -52,7 +52,7 @@ def make_family(tiny: Tiny, folder: Path) -> None:
 def recipe_for(method: str, folder: Path) -> dict:
     models = [{"model": str(folder / alias), "parameters": {"weight": w}} for alias, w in WEIGHTS.items()]
     more = {key: str(folder / name) for key, name in METHODS[method].items()}
-    return {"merge_method": method, "models": models, "dtype": "float32", **more}
+    return {"merge_method": method, "models": models, **more}
 
 
 def run_ours(folder: Path) -> list[str]:
@@ -91,20 +91,26 @@ def oracle(method: str, given: dict[str, dict[str, Tensor]]) -> dict[str, Tensor
 def judge(tiny: Tiny, method: str, folder: Path, out: Path, said: str) -> str:
     """OK, or in a few words what is wrong with an output."""
     if said:
-        return said.partition("\n")[0].replace(str(folder), "…").replace("|", "/")[:100]
+        return shortened(said.replace(str(folder), "…"))
     given = {name: tensors_of(folder / name) for name in ("base", *WEIGHTS)}
     found = tensors_of(out)
-    lost, added = given["base"].keys() - found.keys(), found.keys() - given["base"].keys()
-    if lost or added:
-        return f"lost {len(lost)} of {len(given['base'])} tensors" + (f", added {len(added)}" if added else "")
     _, info = load(tiny, out)
     wrong = {kind: len(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if wrong:
-        return ", ".join(f"{count} {kind.replace('_', ' ')} on reload" for kind, count in wrong.items())
+        counts = ", ".join(f"{count} {kind.removesuffix('_keys')}" for kind, count in wrong.items())
+        return f"{len(found)} of {len(given['base'])} tensors written; on reload {counts}"
+    if found.keys() != given["base"].keys():
+        return "loads, but holds other names than the inputs"
     exact = oracle(method, given)
     off = [n for n, e in exact.items() if (found[n].double() - e).abs().max() > 2**-20 * e.abs().max().clamp(min=1)]
     off += [n for n in found if n not in exact and not any(found[n].equal(given[m][n]) for m in given)]
     return f"wrong values in {len(off)} of {len(found)} tensors ({off[0]})" if off else "OK"
+
+
+def shortened(said: str) -> str:
+    """An error as one line of a table: its beginning and its end."""
+    said = " ".join(said.split()).replace("|", "/")
+    return said if len(said) <= 140 else f"{said[:80]} … {said[-50:]}"
 
 
 def joined(cells: list[str]) -> str:

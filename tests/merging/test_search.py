@@ -199,6 +199,11 @@ def test_weights_are_read_once_and_no_losing_candidate_is_written(tmp_path, monk
     assert all(found[name].equal(value) for name, value in expected.items())
 
 
+def test_an_output_that_exists_is_refused_before_the_search(tmp_path):
+    with pytest.raises(MergeError, match="exists; choose another name"):
+        search(pytest.fail, grid={"parameters.scale": [1.0]}, output=tmp_path)
+
+
 EVALUATE = """
 import sys
 from safetensors.numpy import load_file

@@ -22,6 +22,7 @@ from .objectives import Command, Objective, number
 from .planning import references
 from .recipe import Recipe
 from .report import MergeReport
+from .tensors.sinks import refuse_existing
 from .tensors.sources import TensorSource, open_source
 from .tensors.views import View
 from .variation import changed, starting_point
@@ -135,6 +136,8 @@ def sweep(
         raise MergeError("a sweep needs one of: grid, greedy, or optimiser with bounds")
     if budget < 1:
         raise MergeError(f"budget must be positive, not {budget}")
+    if output is not None:
+        refuse_existing(Path(output).expanduser(), overwrite)  # now, not after the search
     search = Search(recipe, objective, loaded(recipe, sources), minimise, finish)
     if grid is not None:
         search.over_grid(grid, progress)
