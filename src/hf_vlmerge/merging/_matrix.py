@@ -57,7 +57,8 @@ def isometry(matrix: Tensor) -> tuple[Tensor, Tensor]:
     kept = squares > ZERO**2 * squares[-1:].clamp(min=0)
     s, v = squares[kept].sqrt(), v[:, kept]
     nearest = matrix @ (v / s) @ v.T
-    return 1.5 * nearest - 0.5 * nearest @ (nearest.T @ nearest), s.sum()  # a Newton step restores lost digits
+    del v  # memory of a few matrices is all there is
+    return torch.addmm(nearest, nearest, nearest.T @ nearest, beta=1.5, alpha=-0.5), s.sum()  # Newton: lost digits
 
 
 def cholesky(gram: Tensor) -> Tensor | None:

@@ -44,7 +44,7 @@ def fisher(
 
     def merge(c: Chunk) -> Tensor:
         weights = c.weights.tolist()
-        if not has_fisher(c):
+        if not has_fisher(c) or not c.x.numel():
             return weighted_sum(c.x, normalized(weights))
         if normalize and variant != "add" and not all(norms):
             raise MergeError(f"member {c.members[norms.index(0.0)]!r} has Fisher values that are all zero")

@@ -45,6 +45,7 @@ def iso_cts(*, scale: float = 1.0, common_share: float = 0.8) -> Callable[[Chunk
             parts.append(leading(task - common.u @ (common.u.T @ task), own, size))
         # 3. Orthogonalise both sides, and give every direction the mean singular value.
         u, s, v = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
+        del parts, common, total
         return updated(c, isometry(u)[0] @ isometry(v)[0].T * (s.sum() / rank), scale)
 
     return merge

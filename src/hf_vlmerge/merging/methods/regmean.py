@@ -38,6 +38,7 @@ def regmean(*, gamma: float = 0.9, gram: Literal["sum", "mean"] = "sum") -> Call
             g = shrink(checked_gram(c, i, gram), gamma)
             residual += (c.x[i].double() - prior) @ g
             total = g if i == 0 else total.add_(g)
+            del g  # before the next one is made
         return (prior + gram_solve(residual, total, c.name)).to(c.x.dtype)  # (out, in)
 
     return merge
@@ -46,12 +47,13 @@ def regmean(*, gamma: float = 0.9, gram: Literal["sum", "mean"] = "sum") -> Call
 def checked_gram(c: Chunk, i: int, gram: str) -> Tensor:
     """A member's Gram matrix, a float64 copy; one that is all zero, not finite or of another size is an error."""
     member, g, tokens = c.members[i], c.statistics[i], c.tokens[i]
-    kind = "an all-zero" if not g.any() else "a" if g.isfinite().all() else "a NaN or Inf in its"
+    kind = "an all-zero" if not g.any() else "a" if g.sum().isfinite() else "a NaN or Inf in its"
     if kind != "a" or g.shape != (c.x.shape[2],) * 2:
         raise MergeError(f"{c.name} {tuple(c.x.shape[1:])}: member {member!r} has {kind} Gram matrix {tuple(g.shape)}")
     if gram == "mean" and not tokens:
         raise MergeError(f"{c.name}: gram 'mean' needs the token count of member {member!r} in the statistics")
-    return torch.div(g.double(), tokens if gram == "mean" else 1)
+    g = g.to(torch.float64, copy=True)
+    return g.div_(tokens) if gram == "mean" else g
 
 
 def shrink(g: Tensor, gamma: float) -> Tensor:

@@ -36,6 +36,7 @@ def tsv_merge(*, scale: float = 1.0) -> Callable[[Chunk], Tensor]:
         parts = [leading(task_matrix(c, i), rank) for i in range(n)]
         # 2. Concatenate.
         u, s, v = Triplets(*(torch.cat(each, dim=-1) for each in zip(*parts, strict=True)))
+        del parts
         # 3. Whiten (Procrustes) and rebuild.
         return updated(c, (isometry(u)[0] * s) @ isometry(v)[0].T, scale)
 

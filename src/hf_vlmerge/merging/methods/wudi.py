@@ -51,7 +51,7 @@ def wudi(
             return c.base.clone()
         residual = torch.zeros_like(prior)
         for i in moving:
-            residual += disturbance(task_matrix(c, i), prior) / squares[i]
+            residual.add_(disturbance(task_matrix(c, i), prior), alpha=1 / squares[i])
         if not spectral and (factor := factored(c, moving, squares)) is not None:
             return updated(c, prior + torch.cholesky_solve(residual.T, factor).T, scale)
         # By eigenvectors: what no task spans stays at the prior.
