@@ -142,23 +142,32 @@ def fourier_kernels(window: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (torch.cos(phase) * hann)[:, None].float(), (-torch.sin(phase) * hann)[:, None].float()
 
 
+class UnivalFourier(nn.Conv1d):
+    """The real (0) or imaginary (1) part of a short-time Fourier transform. Its kernels are part of a checkpoint, but
+    never get a gradient (`requires_grad` would not survive `from_pretrained`)."""
+
+    def __init__(self, window: int, hop: int, part: int):
+        super().__init__(1, window // 2 + 1, window, stride=hop, bias=False)
+        self.part = part
+
+    def forward(self, waveform: torch.Tensor) -> torch.Tensor:
+        """(B, 1, samples) float32 -> (B, window / 2 + 1, T)"""
+        return nn.functional.conv1d(waveform, self.weight.detach().float(), stride=self.stride)
+
+
 class UnivalSpectrogram(nn.Module):
-    """Short-time Fourier transform as two convolutions, whose kernels are part of a checkpoint (and not trained)."""
+    """Power of each frequency in each frame, mirrored at the ends of the sound."""
 
     def __init__(self, config: UnivalConfig):
         super().__init__()
-        self.window, self.hop = config.audio_window, config.audio_hop
-        bins = config.audio_window // 2 + 1
-        self.conv_real = nn.Conv1d(1, bins, config.audio_window, stride=config.audio_hop, bias=False)
-        self.conv_imag = nn.Conv1d(1, bins, config.audio_window, stride=config.audio_hop, bias=False)
-        self.requires_grad_(False)
+        self.margin = config.audio_window // 2
+        self.conv_real = UnivalFourier(config.audio_window, config.audio_hop, 0)
+        self.conv_imag = UnivalFourier(config.audio_window, config.audio_hop, 1)
 
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Power of each frequency: (B, samples) float32 -> (B, T, window / 2 + 1) with T = samples // hop + 1"""
-        padded = nn.functional.pad(waveform[:, None], (self.window // 2, self.window // 2), mode="reflect")
-        real = nn.functional.conv1d(padded, self.conv_real.weight.float(), stride=self.hop)
-        imaginary = nn.functional.conv1d(padded, self.conv_imag.weight.float(), stride=self.hop)
-        return (real.square() + imaginary.square()).transpose(1, 2)
+        """(B, samples) float32 -> (B, T, window / 2 + 1) with T = samples // hop + 1"""
+        padded = nn.functional.pad(waveform[:, None], (self.margin, self.margin), mode="reflect")
+        return (self.conv_real(padded).square() + self.conv_imag(padded).square()).transpose(1, 2)
 
 
 class UnivalAudioBlock(nn.Module):

@@ -37,8 +37,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_unival import TOWERS
 from .configuration_unival import UnivalConfig
 from .encoders_unival import UnivalAudioTower
+from .encoders_unival import UnivalFourier
 from .encoders_unival import UnivalImageTower
-from .encoders_unival import UnivalSpectrogram
 from .encoders_unival import UnivalVideoTower
 from .encoders_unival import fourier_kernels
 from .encoders_unival import mel_matrix
@@ -361,10 +361,8 @@ class UnivalPreTrainedModel(PreTrainedModel):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, UnivalAttention):
             init.ones_(module.head_scale)
-        elif isinstance(module, UnivalSpectrogram):
-            real, imaginary = fourier_kernels(module.window)
-            init.copy_(module.conv_real.weight, real)
-            init.copy_(module.conv_imag.weight, imaginary)
+        elif isinstance(module, UnivalFourier):
+            init.copy_(module.weight, fourier_kernels(module.kernel_size[0])[module.part])
         elif isinstance(module, UnivalAudioTower):
             init.copy_(module.mel, mel_matrix(module.config))
 
@@ -894,13 +892,10 @@ class UnivalForConditionalGeneration(UnivalPreTrainedModel, GenerationMixin):
         """(B, S) -> (B, S); collators call it."""
         return shift_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+    def _expand_inputs_for_generation(self, *args, **kwargs):
         # by now the encoder has run: beams need its output, not copies of the pixels
-        for name in (*INPUT_OF.values(), "media_types"):
-            model_kwargs.pop(name, None)
-        return super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
+        kept = {name: value for name, value in kwargs.items() if name not in (*INPUT_OF.values(), "media_types")}
+        return super()._expand_inputs_for_generation(*args, **kept)
 
 
 __all__ = ["UnivalForConditionalGeneration", "UnivalModel", "UnivalPreTrainedModel"]
