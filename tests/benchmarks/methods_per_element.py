@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m tests.benchmarks.methods_per_element [--entries 1048576] [--chunk 262144] [method ...]
 
 All passes count: what a method asks for first, and the merge; not reading, rounding and writing. Beside it, in the same
-run, a NumPy copy of the same bytes (three members, the base and the output). Times are the thread's own, medians.
+run, a NumPy copy of the same bytes (three members, base and output). Times are the thread's own: the median, and
+the least, which is nearest to a machine that does nothing else.
 Methods that see whole matrices take seconds and are left out unless they are named.
 """
 
@@ -38,15 +39,15 @@ def chunks_for(method, entries: int, size: int) -> list[Chunk]:
     return [whole] if method.unit == "tensor" else list(pieces(whole, size))
 
 
-def seconds(run, repeats: int) -> float:
-    """The median time of a call, after one that warms up."""
+def seconds(run, repeats: int) -> tuple[float, float]:
+    """The median and the least time of a call, after one that warms up."""
     run()
     times = []
     for _ in range(repeats):
         started = time.thread_time()
         run()
         times.append(time.thread_time() - started)
-    return median(times)
+    return median(times), min(times)
 
 
 def merge_once(method, chunks: list[Chunk]) -> None:
@@ -57,7 +58,7 @@ def merge_once(method, chunks: list[Chunk]) -> None:
         merge(chunk)
 
 
-def copy_time(entries: int, repeats: int) -> float:
+def copy_time(entries: int, repeats: int) -> tuple[float, float]:
     source, target = (np.ones(entries * 5, np.float32) for _ in range(2))
     return seconds(lambda: np.copyto(target, source), repeats)
 
@@ -71,18 +72,18 @@ def main() -> None:
     options = arguments.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()  # as the engine does
-    copied = copy_time(options.entries, options.repeats) / options.entries * 1e9
-    print(
-        f"{options.entries:,} entries in chunks of {options.chunk:,}; copying five of them: {copied:.2f} ns an entry\n"
-    )
-    print("| method | members | ns an output entry | times the copy |\n|---|---|---|---|")
+    copied = [t / options.entries * 1e9 for t in copy_time(options.entries, options.repeats)]
+    print(f"{options.entries:,} entries in chunks of {options.chunk:,}; copying five: {copied[1]:.2f} ns an entry\n")
+    print("| method | members | ns an output entry: median | least | times the copy |\n|---|---|---|---|---|")
     for name in options.methods or list_merge_methods():
         method = get_merge_method(name)
         if method.unit in EXPENSIVE and name not in options.methods:
             continue
         chunks = chunks_for(method, options.entries, options.chunk)
-        spent = seconds(lambda: merge_once(method, chunks), options.repeats) / options.entries * 1e9  # noqa: B023
-        print(f"| {name} | {len(chunks[0].members)} | {spent:.2f} | {spent / copied:.1f} |", flush=True)
+        times = seconds(lambda: merge_once(method, chunks), options.repeats)  # noqa: B023
+        middle, least = (t / options.entries * 1e9 for t in times)
+        members = len(chunks[0].members)
+        print(f"| {name} | {members} | {middle:.2f} | {least:.2f} | {least / copied[1]:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

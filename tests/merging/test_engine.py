@@ -49,8 +49,8 @@ def expert_recipe(method, **more):
     recipe = {"merge_method": method, "experts_of": "specific", "experts": LAYOUT, "base_model": "seed", **more}
     if get_merge_method(method).statistics:
         recipe["statistics"] = "statistics"
-    if get_merge_method(method).members[1] == 2:
-        recipe["rules"] = [{"has": "vision_language", "members": ["vision", "language"]}]
+    if (most := get_merge_method(method).members[1]) < 3:
+        recipe["rules"] = [{"members": ["vision", "language"][:most]}]
     return recipe
 
 
@@ -82,7 +82,8 @@ def test_the_chunk_size_changes_no_bit(method, dtype):
     if get_merge_method(method).statistics:
         fisher = {f"fisher.{k}": torch.rand(s) for k, s in shapes.items()}
         models["statistics"] = {"gram.a.weight": torch.eye(1030) + 0.1, **fisher}
-    recipe = {"merge_method": method, "models": ["a", "b"], "base_model": "seed"}
+    members = ["a", "b"][: get_merge_method(method).members[1]]
+    recipe = {"merge_method": method, "models": members, "base_model": "seed"}
     recipe |= {"statistics": "statistics"} if get_merge_method(method).statistics else {}
     first, *others = (merge_tensors(recipe, models, chunk_size=size) for size in (1, 2 * BLOCK, 1 << 24))
     assert all(first[key].equal(other[key]) for other in others for key in first)

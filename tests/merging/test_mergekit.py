@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_vlmerge.merging import Recipe, merge_tensors
+from hf_vlmerge.merging import MergeError, Recipe, merge_tensors
 from hf_vlmerge.merging.planning import open_sources, plan
 
 TIES = {
@@ -74,3 +74,9 @@ def test_a_base_among_the_models_is_no_member_where_the_method_takes_one():
     assert not about.allclose(merge_tensors({"merge_method": "nuslerp", "models": ["a", "b"]}, MODELS)["w"])
     linear = Recipe.load(recipe | {"merge_method": "linear"}).aliases
     assert len(linear) == 3 and linear[1:] == ("a", "b")
+
+
+@pytest.mark.parametrize(("method", "models"), [("slerp", ["a"]), ("model_stock", ["a"]), ("nearswap", ["a", "b"])])
+def test_a_method_of_another_number_of_members_is_refused(method, models):
+    with pytest.raises(MergeError, match=f"w: {method} takes (exactly|at least) . members?, not {len(models)}"):
+        merge_tensors({"merge_method": method, "base_model": "base", "models": models}, MODELS)

@@ -180,8 +180,9 @@ class Settler:
             parameters, _ = method.bind({}, members)
         shape = self.sources[first.source].shape(first.key)
         statistics = tuple(self.statistic(m, inputs[m], method) for m in members)
-        if len(members) > 1:
+        if len(members) > 1 or method.members[0] > 1:
             method.check_members(name, members)
+        if len(members) > 1:
             method.check_statistics(name, shape, members, statistics)
             method.check_statistics_shape(name, shape, [self.sources[r.source].shape(r.key) for r in statistics if r])
         return MergeGroup(
