@@ -73,8 +73,14 @@ def video_rows(value: Any) -> list:
         return list(value) if is_array(value) and value.ndim == 5 else [value]
     if any(_is_picture(each) for each in value):
         return [list(value)]
-    # A file in a list of its own is a clip, as chats give them; a list of several files is a clip of pictures.
-    return [each[0] if _holds_one_clip(each) else each for each in value]
+    # Chats give each row as a list of its clips. Otherwise a list of several files is a clip of pictures.
+    if any(_holds_one_clip(each) for each in value):
+        return [None if isinstance(each, (list, tuple)) and not each else _unpacked(each) for each in value]
+    return list(value)
+
+
+def _unpacked(value: Any) -> Any:
+    return value[0] if _holds_one_clip(value) else value
 
 
 def _holds_one_clip(value: Any) -> bool:

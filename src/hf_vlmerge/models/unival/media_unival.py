@@ -18,6 +18,7 @@ from transformers.image_utils import load_image as load_image_from_text
 from transformers.image_utils import to_numpy_array
 
 INTEGER_SCALES = {torch.int8: 2.0**7, torch.int16: 2.0**15, torch.int32: 2.0**31}  # signed samples -> [-1, 1)
+FILTER_REACH = 64  # samples of the lower rate that the resampler looks ahead, and more
 MAX_CHANNELS = 32  # a sound in two dimensions with more than this on both sides is not a sound
 
 
@@ -34,6 +35,14 @@ def is_pil(value: Any) -> bool:
 def is_array(value: Any) -> bool:
     """Whether the value is a tensor or a NumPy array."""
     return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "shape"))
+
+
+def tensor_of(array: Any) -> Tensor:
+    """The numbers of a tensor or a NumPy array (a copy of one that may not be written to), on the CPU."""
+    if isinstance(array, Tensor):
+        return array.detach().cpu()
+    flags = getattr(array, "flags", None)
+    return torch.as_tensor(array if flags is None or flags.writeable else array.copy())
 
 
 def is_file(value: Any) -> bool:
@@ -119,7 +128,7 @@ def load_image(source: Any) -> Any:
 def _pixels(array: Any) -> Tensor:
     """An array of one picture as uint8 (H, W, 3)."""
     shape = tuple(array.shape)
-    array = torch.as_tensor(array).detach().cpu()
+    array = tensor_of(array)
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
@@ -137,6 +146,7 @@ def _bytes_of_pixels(array: Tensor) -> Tensor:
         return (array * 255).round().to(torch.uint8)
     if array.dtype == torch.bool:
         return array.to(torch.uint8) * 255
+    array = array if array.dtype == torch.uint8 else array.long()
     if array.numel() and (array.min() < 0 or array.max() > 255):
         raise ValueError("expected pixels from 0 to 255 or floats in [0, 1]; got integers outside that range.")
     return array.to(torch.uint8)
@@ -187,7 +197,7 @@ def load_video(source: Any, num_frames: int, generator: "torch.Generator | int |
     """
     generator = generator_of(generator)
     if is_array(source):
-        return _frames_of_array(torch.as_tensor(source).detach().cpu(), num_frames, generator)
+        return _frames_of_array(tensor_of(source), num_frames, generator)
     if isinstance(source, (list, tuple)):
         return _frames_of_pictures(list(source), num_frames, generator)
     if is_file(source):
@@ -303,7 +313,7 @@ def load_audio(source: Any, sampling_rate: int, source_rate: int | None = None) 
     if isinstance(source, (list, tuple)):
         source = torch.tensor(source, dtype=torch.float32)
     if is_array(source):
-        wave = _samples(torch.as_tensor(source).detach().cpu())
+        wave = _samples(tensor_of(source))
     elif is_file(source):
         wave, source_rate, name = _samples_of_file(source)
     else:
@@ -317,10 +327,10 @@ def load_audio(source: Any, sampling_rate: int, source_rate: int | None = None) 
 
 def resample(wave: Tensor, source_rate: int, rate: int) -> Tensor:
     """
-    A waveform at another rate, by the band-limited resampler of FFmpeg.
+    A waveform at another rate, by the band-limited resampler of FFmpeg; silence is taken to follow the end.
 
     Shapes:
-        wave (samples,) -> (about samples · rate / source_rate,)
+        wave (samples,) -> (samples · rate / source_rate, rounded up,)
     """
     if source_rate < 1 or rate < 1:
         raise ValueError(f"expected sampling rates of at least 1 Hz; got {source_rate} and {rate}.")
@@ -328,11 +338,14 @@ def resample(wave: Tensor, source_rate: int, rate: int) -> Tensor:
         import av
     except ImportError as error:
         raise ImportError("changing the sampling rate needs PyAV: pip install av") from error
-    frame = av.AudioFrame.from_ndarray(wave.float()[None].numpy(), format="flt", layout="mono")
+    silence = FILTER_REACH * -(-max(source_rate, rate) // rate)
+    padded = torch.nn.functional.pad(wave.float(), (0, silence))
+    frame = av.AudioFrame.from_ndarray(padded[None].numpy(), format="flt", layout="mono")
     frame.sample_rate = source_rate
     resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
     parts = [*resampler.resample(frame), *resampler.resample(None)]
-    return torch.cat([torch.from_numpy(part.to_ndarray()[0]) for part in parts])
+    length = -(-wave.numel() * rate // source_rate)
+    return torch.cat([torch.from_numpy(part.to_ndarray()[0]) for part in parts])[:length]
 
 
 def _samples(array: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_vlmerge authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Text, images, clips and sounds for UnIVAL in one call, and model output back to boxes and codes."""
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,9 +72,8 @@ class UnivalProcessor(ProcessorMixin):
         self.resize_frames = resize_frames
         self.grounding_size = grounding_size
         super().__init__(image_processor, feature_extractor, tokenizer, chat_template=chat_template, **kwargs)
-        added = tokenizer.get_added_vocab()
-        self._first = {kind: added.get(f"<{kind}_0>") for kind in ("code", "bin")}
-        self._counts = {kind: sum(name.startswith(f"<{kind}_") for name in added) for kind in ("code", "bin")}
+        self._first = {kind: tokenizer.convert_tokens_to_ids(f"<{kind}_0>") for kind in ("code", "bin")}
+        self._counts = {kind: _count_tokens(tokenizer, kind) for kind in ("code", "bin")}
 
     def __call__(
         self,
@@ -124,7 +124,8 @@ class UnivalProcessor(ProcessorMixin):
         Shapes:
             -> input_ids, attention_mask (B, T); media_types (B,): -1 none, 0 image, 1 video, 2 audio; and for the rows
             that have them, in row order: pixel_values (·, 3, H, W), pixel_values_videos (·, F, 3, H, W),
-            input_values (·, samples); labels, decoder_input_ids (B, T')
+            input_values (·, samples); labels, decoder_input_ids (B, T'); decoder_code_mask (B,), all True, where image
+            codes are to be said
 
         Raises:
             ValueError: numbers of rows differ, a row has two media, a medium cannot be decoded, a box lies outside its
@@ -151,6 +152,8 @@ class UnivalProcessor(ProcessorMixin):
         if answers is not None:
             answers = self._encode(_with_boxes(answers, box_tokens), truncation, None, "target")
         data |= self._decoder_inputs(source_ids, answers, prompt_type)
+        if _says_codes(rows["targets"], task):
+            data["decoder_code_mask"] = torch.ones(len(data["media_types"]), dtype=torch.bool)
         return _tensors(data, return_tensors)
 
     def _images(self, pictures: list, side: int | None) -> dict[str, Tensor]:
@@ -288,7 +291,14 @@ class UnivalProcessor(ProcessorMixin):
 
     def _is_codes(self, ids: list[int]) -> bool:
         """Whether the text is an image: its positions are those of a grid, not those of a text."""
-        return len(ids) > 2 and 0 <= ids[1] - (self._first["code"] or 0) < self._counts["code"]
+        return len(ids) > 2 and 0 <= ids[1] - self._first["code"] < self._counts["code"]
+
+
+def _count_tokens(tokenizer: Any, kind: str) -> int:
+    """How many of <kind_0>, <kind_1>, ... the vocabulary has, without reading it."""
+    unknown = (None, tokenizer.unk_token_id)
+    names = range(len(tokenizer))
+    return bisect_left(names, True, key=lambda i: tokenizer.convert_tokens_to_ids(f"<{kind}_{i}>") in unknown)
 
 
 def fit_frames(frames: Tensor, side: int, resize: bool = True) -> Tensor:
@@ -336,11 +346,16 @@ def _answers(targets: list | None, task: str | None, boxes: list | None) -> list
         if boxes is None or task is None or prompt_of(task).target != BOX:
             return None
         return [BOX] * len(boxes)
-    if targets and not isinstance(targets[0], (str, Mapping)):
+    if _says_codes(targets, None):
         return ["".join(f"<code_{int(code)}>" for code in codes) for codes in targets]
     if task is not None:
         return [make_target(task, target) for target in targets]
     return [_spaced(target, row) for row, target in enumerate(targets)]
+
+
+def _says_codes(targets: list | None, task: str | None) -> bool:
+    """Whether the rows are to be answered with images: targets are then numbers of codes."""
+    return (task is not None and prompt_of(task).codes) or (targets is not None and not isinstance(targets[0], str))
 
 
 def _spaced(text: Any, row: int) -> str:

@@ -24,6 +24,7 @@ class Prompt(NamedTuple):
     cleaned: bool = True  # what is put in is lower-cased and so on; else it is only cut to words
     grounding: bool = False  # pictures of the side that boxes need
     caption: bool = False  # the target is a caption: no punctuation, cut to words
+    codes: bool = False  # the target is an image, as codes
 
 
 _CAPTION = {"caption": True}
@@ -45,7 +46,9 @@ PROMPTS: dict[str, Prompt] = {
     "answer_matching": Prompt(' what is the answer to question " {question} ". is " {answer} "?'),
     "visual_entailment": Prompt(' does the image describe " {hypothesis} "?'),
     "visual_entailment_with_premise": Prompt(' can image and text1 " {premise} " imply text2 " {hypothesis} "?'),
-    "text_to_image": Prompt(" what is the complete image? caption: {caption}", target="{target}", cleaned=False),
+    "text_to_image": Prompt(
+        " what is the complete image? caption: {caption}", target="{target}", cleaned=False, codes=True
+    ),
 }
 
 

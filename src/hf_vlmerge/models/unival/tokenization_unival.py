@@ -1,7 +1,12 @@
 # Copyright 2026 The hf_vlmerge authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""The vocabulary of UnIVAL: that of BART, then the codes of pictures, then the bins of coordinates."""
+"""
+The vocabulary of UnIVAL: that of BART, then the codes of pictures, then the bins of coordinates.
 
-import copy
+Codes and bins are ordinary pieces of the vocabulary rather than added tokens: with 9 192 of those, loading takes more
+than twice as long. A word that is a piece of the vocabulary is taken whole (`ignore_merges`), which changes nothing for
+BART's own pieces: each of them is also what its merges make of it.
+"""
+
 import json
 import os
 from collections.abc import Mapping
@@ -10,16 +15,21 @@ from typing import Any
 from transformers import AddedToken
 from transformers import AutoTokenizer
 from transformers import BartTokenizer
+from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3
+MASK_TOKEN = "<mask>"
 NUM_CODES = 8192
 NUM_BINS = 1000
 FILE_NAMES = (("vocab.json", "merges.txt"), ("vocab.json", "vocab.bpe"))  # of byte-level BPE tables in a folder
+NEW_TOKEN = r"<(?:code|bin)_\d+>"
+# how GPT-2 cuts a text into words, as in the byte-level step of `tokenizers`
+WORD = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def build_tokenizer(
     vocab: Any, merges: Any = None, *, num_codes: int = NUM_CODES, num_bins: int = NUM_BINS, max_length: int = 1024
-) -> Any:
+) -> PreTrainedTokenizerFast:
     """
     A byte-level BPE tokenizer of BART with `<code_0>` ... and `<bin_0>` ... after its last token.
 
@@ -29,27 +39,60 @@ def build_tokenizer(
 
     Args:
         vocab: a folder or Hub id of a BART tokenizer, a `tokenizer.json`, a `vocab.json`, the vocabulary as a mapping
-            from tokens to ids, or a tokenizer (which is not changed).
+            from tokens to ids, or a tokenizer.
         merges: the file of merges or a list of pairs; only with a `vocab.json` or a mapping.
-        num_codes, num_bins: how many tokens are added.
+        num_codes, num_bins: how many tokens are added; those that are there already stay.
         max_length: tokens that the model has text positions for.
 
     Raises:
-        ValueError: the vocabulary does not begin with the four special tokens of BART.
+        ValueError: the vocabulary does not begin with the four special tokens of BART, or its ids have gaps.
     """
-    tokenizer = _bart_tokenizer(vocab, merges)
-    ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    bart = _bart_tokenizer(vocab, merges)
+    table = bart.get_vocab()
+    ids = [table.get(name) for name in SPECIAL_TOKENS]
     if ids != [0, 1, 2, 3]:
         raise ValueError(f"expected a BART vocabulary, with {' '.join(SPECIAL_TOKENS)} as ids 0 to 3; got ids {ids}.")
-    tokenizer.model_max_length = max_length
-    names = [f"<code_{i}>" for i in range(num_codes)] + [f"<bin_{i}>" for i in range(num_bins)]
-    tokenizer.add_tokens([AddedToken(name, lstrip=True, normalized=False) for name in names])
+    if sorted(table.values()) != list(range(len(table))):
+        raise ValueError(f"expected ids 0 to {len(table) - 1} for {len(table)} tokens; some are missing or doubled.")
+    for kind, count in (("code", num_codes), ("bin", num_bins)):
+        for i in range(count):
+            table.setdefault(f"<{kind}_{i}>", len(table))
+    pairs = json.loads(bart.backend_tokenizer.to_str())["model"]["merges"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level_bpe(table, [tuple(pair) for pair in pairs]),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        cls_token="<s>",
+        sep_token="</s>",
+        mask_token=AddedToken(MASK_TOKEN, lstrip=True),
+        model_max_length=max_length,
+    )
+
+
+def _byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Any:
+    """The five steps of a tokenizer of the `tokenizers` library."""
+    try:
+        from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    except ImportError as error:
+        raise ImportError("making a tokenizer needs tokenizers: pip install tokenizers") from error
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    tokenizer.normalizer = normalizers.Replace(Regex(rf"\s+(?={NEW_TOKEN})"), "")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(f"{NEW_TOKEN}|{WORD}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def _bart_tokenizer(vocab: Any, merges: Any) -> Any:
     if hasattr(vocab, "backend_tokenizer"):
-        return copy.deepcopy(vocab)
+        return vocab
     if isinstance(vocab, Mapping):
         return BartTokenizer(vocab=dict(vocab), merges=merges or [])
     vocab = os.path.expanduser(os.fspath(vocab))
