@@ -259,7 +259,8 @@ def test_images_are_resized_to_a_square_and_scaled(processor, picture):
     resized = np.asarray(picture.resize((32, 32), PIL.Image.Resampling.BICUBIC)).astype(np.float32)
     expected = torch.from_numpy((resized / 255 - 0.5) / 0.5).permute(2, 0, 1)[None]
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
-    assert processor(images=picture, text="a", size=48)["pixel_values"].shape == (1, 3, 48, 48)
+    for size in (48, {"height": 48, "width": 48}):
+        assert processor(images=picture, text="a", size=size)["pixel_values"].shape == (1, 3, 48, 48)
     assert processor(images=picture, task="visual_grounding", text="a")["pixel_values"].shape == (1, 3, 64, 64)
     assert UnivalImageProcessor()(picture, return_tensors="pt")["pixel_values"].shape == (1, 3, 480, 480)
 
@@ -446,7 +447,9 @@ def test_image_codes_are_targets(processor):
     assert "decoder_code_mask" not in processor(text="the bus", targets="a")
     assert torch.equal(processor.post_process_image_codes(batch["labels"]), codes.view(2, 2, 2))
     many = torch.zeros(1, 1024, dtype=torch.long)  # more than the text positions of this model
-    assert processor(task="text_to_image", text="a", targets=many)["labels"].shape == (1, 1025)
+    for truncation in (False, True):
+        batch = processor(task="text_to_image", text="a", targets=many, truncation=truncation)
+        assert batch["labels"].shape == (1, 1025)
 
 
 def test_codes_that_make_no_image(processor):
@@ -531,6 +534,10 @@ def test_bad_input_says_what_is_wrong(processor, picture, clip, sound):
         ({"images": [picture], "audio": [sound], "text": "a"}, "row 0 has entries in images and audio"),
         ({"text": "the bus " * 80}, r"text of row 0 has \d+ tokens and the model has 96 text positions"),
         ({"text": ["a", "b"], "targets": ["c", "why " * 90]}, "target of row 1 has .* 96 text positions"),
+        (
+            {"text": "is it" * 14, "targets": "why " * 10, "prompt_type": "src"},
+            "target of row 0 has .* 96 text positions",
+        ),
         ({"text": ["a", 5]}, "expected a string for every row; row 1 has int"),
         ({"images": picture, "task": "question_answering"}, "'question_answering' takes question; pass it as text"),
         ({"images": picture, "task": "image_captioning", "text": "a"}, "takes no text; its instruction is ' what does"),

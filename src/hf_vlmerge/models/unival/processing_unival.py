@@ -113,8 +113,8 @@ class UnivalProcessor(ProcessorMixin):
             prompt_type: what the decoder starts with: "none"; "prev_output", the tokens of the text; "src", these and
                 the end token. Such a start is not learnt. Without targets it is given as `decoder_input_ids`, padded
                 on the right.
-            size: side of the images; by default that of the image processor, or `grounding_size` with boxes or a task
-                that is about them.
+            size: side of the images (or the form of image processors, {"height": side, "width": side}); by default
+                that of the image processor, or `grounding_size` with boxes or a task that is about them.
             num_frames, frame_size: of clips; the processor's own by default.
             sampling_rate: of sounds that are arrays; None means the feature extractor's.
             generator: a `torch.Generator` or a seed for random frames of each interval and random crops of long sounds;
@@ -134,6 +134,7 @@ class UnivalProcessor(ProcessorMixin):
         if prompt_type not in PROMPT_TYPES:
             raise ValueError(f"expected prompt_type to be one of {PROMPT_TYPES}; got {prompt_type!r}.")
         generator = generator_of(generator)
+        size = size["height"] if isinstance(size, Mapping) else size
         rows = make_rows(images=images, videos=videos, audio=audio, text=text, boxes=boxes, targets=targets)
         data = {"media_types": media_types(rows)}
         grounding = boxes is not None or (task is not None and prompt_of(task).grounding)
@@ -146,21 +147,23 @@ class UnivalProcessor(ProcessorMixin):
         sources = _sources(rows["text"], task, len(data["media_types"]))
         source_ids = None
         if sources is not None:
-            source_ids = self._encode(_with_boxes(sources, box_tokens), truncation, max_length, "text")
+            source_ids = self._encode(_with_boxes(sources, box_tokens), truncation, max_length)
+            self._check_positions(source_ids, "text")
             data |= self._padded_sources(source_ids, padding, max_length)
+        says_codes = _says_codes(rows["targets"], task)
         answers = _answers(rows["targets"], task, rows["boxes"])
         if answers is not None:
-            answers = self._encode(_with_boxes(answers, box_tokens), truncation, None, "target")
-        data |= self._decoder_inputs(source_ids, answers, prompt_type)
-        if _says_codes(rows["targets"], task):
+            answers = self._encode(_with_boxes(answers, box_tokens), truncation and not says_codes, None)
+        data |= self._decoder_inputs(source_ids, answers, prompt_type, says_codes)
+        if says_codes:
             data["decoder_code_mask"] = torch.ones(len(data["media_types"]), dtype=torch.bool)
         return _tensors(data, return_tensors)
 
     def _images(self, pictures: list, side: int | None) -> dict[str, Tensor]:
         if not pictures:
             return {}
-        size = {} if side is None else {"size": {"height": side, "width": side}}
-        return dict(self.image_processor(pictures, return_tensors="pt", **size))
+        options = {} if side is None else {"size": {"height": side, "width": side}}
+        return dict(self.image_processor(pictures, return_tensors="pt", **options))
 
     def _videos(self, clips: list | None, num_frames: int, side: int, generator) -> dict[str, Tensor]:
         clips = [load_video(clip, num_frames, generator) for clip in clips or () if clip is not None]
@@ -187,18 +190,20 @@ class UnivalProcessor(ProcessorMixin):
         bins = bins_of_boxes(torch.tensor(list(given.values())), sizes, side, self._count("bin"))
         return {row: "".join(f"<bin_{i}>" for i in each) for row, each in zip(given, bins.tolist(), strict=True)}
 
-    def _encode(self, texts: list[str], truncation: bool, max_length: int | None, what: str) -> list[list[int]]:
+    def _encode(self, texts: list[str], truncation: bool, max_length: int | None) -> list[list[int]]:
         """Ids of each text with start and end token; texts never become special tokens, whatever they contain."""
         limit = self.tokenizer.model_max_length
         cut = {"truncation": True, "max_length": min(max_length or limit, limit)} if truncation else {}
-        encoded = self.tokenizer(texts, split_special_tokens=True, verbose=False, **cut)["input_ids"]
-        for row, ids in enumerate(encoded):
-            if len(ids) > limit and not self._is_codes(ids):
+        return self.tokenizer(texts, split_special_tokens=True, verbose=False, **cut)["input_ids"]
+
+    def _check_positions(self, ids: list[list[int]], what: str) -> None:
+        limit = self.tokenizer.model_max_length
+        for row, each in enumerate(ids):
+            if len(each) > limit:
                 raise ValueError(
-                    f"the {what} of row {row} has {len(ids)} tokens and the model has {limit} text positions; "
+                    f"the {what} of row {row} has {len(each)} tokens and the model has {limit} text positions; "
                     "shorten it or pass truncation=True."
                 )
-        return encoded
 
     def _padded_sources(self, ids: list[list[int]], padding: Any, max_length: int | None) -> dict[str, Tensor]:
         length = None
@@ -211,7 +216,9 @@ class UnivalProcessor(ProcessorMixin):
             "attention_mask": _pad([[1] * len(row) for row in ids], 0, length),
         }
 
-    def _decoder_inputs(self, sources: list | None, answers: list | None, prompt_type: str) -> dict[str, Tensor]:
+    def _decoder_inputs(
+        self, sources: list | None, answers: list | None, prompt_type: str, says_codes: bool
+    ) -> dict[str, Tensor]:
         """
         What the decoder starts with, and what it is to say: at each place of `decoder_input_ids` (start, prompt,
         answer) the label is the next token; places whose next token is the prompt's have none.
@@ -227,6 +234,8 @@ class UnivalProcessor(ProcessorMixin):
         if answers is None:
             return {"decoder_input_ids": _pad(starts, pad_id)}
         inputs = [start + answer[1:-1] for start, answer in zip(starts, answers, strict=True)]
+        if not says_codes:  # whose positions are those of a grid
+            self._check_positions(inputs, "target")
         labels = [[IGNORED] * (len(start) - 1) + answer[1:] for start, answer in zip(starts, answers, strict=True)]
         return {"decoder_input_ids": _pad(inputs, pad_id), "labels": _pad(labels, IGNORED)}
 
@@ -288,10 +297,6 @@ class UnivalProcessor(ProcessorMixin):
         if not self._counts[kind]:
             raise ValueError(f"the tokenizer has no <{kind}_0>: make it with build_tokenizer.")
         return self._counts[kind]
-
-    def _is_codes(self, ids: list[int]) -> bool:
-        """Whether the text is an image: its positions are those of a grid, not those of a text."""
-        return len(ids) > 2 and 0 <= ids[1] - self._first["code"] < self._counts["code"]
 
 
 def _count_tokens(tokenizer: Any, kind: str) -> int:
