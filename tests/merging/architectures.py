@@ -126,8 +126,8 @@ QWEN = {
 }  # fmt: skip
 QWEN2_VISION = {"depth": 2, "embed_dim": 16, "hidden_size": WIDTH, "mlp_ratio": 2, "num_heads": 2, "patch_size": 4}
 QWEN3_VISION = {
-    "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4, "out_hidden_size": WIDTH,
-    "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    "depth": 3, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4, "out_hidden_size": WIDTH,
+    "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1, 2],
 }  # fmt: skip
 INTERN_VISION = {**VISION, "image_size": [IMAGE, IMAGE], "patch_size": [4, 4]}
 GEMMA3 = {**DECODER, **SPECIAL, "query_pre_attn_scalar": 8, "sliding_window": 8}
