@@ -139,8 +139,11 @@ def magnitudes(c: Chunk) -> Tensor:
 
 
 def delta_magnitudes(c: Chunk) -> Tensor:
-    """|members - base|, one row a member."""
-    return c.deltas().abs_()
+    """|members - base|, one row a member; member after member, while a row is in the cache."""
+    result = torch.empty_like(c.x)
+    for x, row in zip(c.x, result, strict=True):
+        torch.sub(x, c.base, out=row).abs_()
+    return result
 
 
 def kth_magnitude(
@@ -234,10 +237,10 @@ def count(values: Tensor, brackets: Sequence[Sequence[Bracket]]) -> Tensor:
             if b.low == b.high:
                 continue
             low, high = np.array([b.low, b.high], np.int32).view(np.float32)
-            above = row > high
-            inside = (row >= low) ^ above
-            patterns = torch.from_numpy(row[inside].view(np.int32)).sub_(b.low)
+            above, inside = row > high, row >= low
             place[0] = np.count_nonzero(above)
+            inside ^= above
+            patterns = torch.from_numpy(row[inside].view(np.int32)).sub_(b.low)
             place[1:] = torch.bincount(patterns >> b.shift, minlength=BINS)
     return torch.from_numpy(result)
 
