@@ -19,7 +19,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.cache_utils import DynamicCache
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_outputs import Seq2SeqLMOutput
@@ -42,6 +41,7 @@ from .encoders_unival import UnivalImageTower
 from .encoders_unival import UnivalVideoTower
 from .encoders_unival import fourier_kernels
 from .encoders_unival import mel_matrix
+from .generation_unival import UnivalGenerationMixin
 
 INPUT_OF = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_values"}
 
@@ -816,7 +816,7 @@ class UnivalModel(UnivalPreTrainedModel):
         )
 
 
-class UnivalForConditionalGeneration(UnivalPreTrainedModel, GenerationMixin):
+class UnivalForConditionalGeneration(UnivalPreTrainedModel, UnivalGenerationMixin):
     """The model with its output projection, which is the embedding: every task is a text, boxes and images included."""
 
     _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}

@@ -1,0 +1,367 @@
+# Copyright 2026 The hf_vlmerge authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+How UnIVAL says things: what `generate()` adds to the library's, answers from a list, image codes, settings of the tasks.
+
+B = batch, V = vocabulary, S = target tokens so far, C = candidates, A = tokens of the longest of them, K = samples a row.
+"""
+
+import copy
+from abc import abstractmethod
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.generation import LogitsProcessor
+from transformers.generation import LogitsProcessorList
+
+SPECIAL_IDS = 4  # <s>, <pad>, </s>, <unk>
+DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_code_mask", "labels")
+
+_BEAMS = {"num_beams": 5, "min_new_tokens": 1, "early_stopping": True}
+_SUM = {"length_penalty": 0.0}  # hypotheses are ranked by the sum of their log-probabilities
+_MEAN = {"length_penalty": 1.0}  # by the mean
+# Task -> arguments of `generate()`. A limit counts the end token. Text to image takes its lengths from the model.
+GENERATION_SETTINGS: dict[str, dict[str, Any]] = {
+    "image_captioning": {**_BEAMS, **_SUM, "max_new_tokens": 23, "no_repeat_ngram_size": 3},
+    "image_captioning_ratatouille": {**_BEAMS, **_MEAN, "max_new_tokens": 17, "no_repeat_ngram_size": 3},
+    "video_captioning": {**_BEAMS, **_MEAN, "max_new_tokens": 23, "no_repeat_ngram_size": 3},
+    "audio_captioning": {**_BEAMS, **_MEAN, "max_new_tokens": 23, "no_repeat_ngram_size": 3},
+    "question_answering": {**_BEAMS, **_SUM, "max_new_tokens": 201},
+    "visual_grounding": {**_BEAMS, **_MEAN, "max_new_tokens": 5, "min_new_tokens": 4, "no_repeat_ngram_size": 3},
+    "text_to_image": {"do_sample": True, "top_k": 256, "temperature": 1.0, "num_return_sequences": 16},
+}
+
+
+class AnswerTrie:
+    """
+    The prefixes of a list of answers, and what may follow each of them. `UnivalProcessor.answer_trie` makes one.
+
+    Args:
+        answers: token ids of each answer, without start and end token; their order is that of `score_candidates`.
+        end_token_id: what follows a whole answer.
+
+    Raises:
+        ValueError: there is no answer, or one of them is empty.
+    """
+
+    def __init__(self, answers: Iterable[Sequence[int]], end_token_id: int = 2):
+        self.answers = [tuple(answer) for answer in answers]
+        self.end_token_id = end_token_id
+        if not self.answers:
+            raise ValueError("expected at least one answer; the list is empty.")
+        if () in self.answers:
+            raise ValueError(f"answer {self.answers.index(())} is empty; expected at least one token in every answer.")
+        self._next: dict[tuple[int, ...], dict[int, None]] = {}
+        for answer in self.answers:
+            for place, token in enumerate((*answer, end_token_id)):
+                self._next.setdefault(answer[:place], {})[token] = None
+
+    def allowed(self, prefix: tuple[int, ...]) -> list[int]:
+        """Tokens that continue a prefix; only the end follows what begins no answer."""
+        return list(self._next.get(prefix, (self.end_token_id,)))
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens of the longest answer and the end."""
+        return max(map(len, self.answers)) + 1
+
+    @property
+    def tokens(self) -> list[int]:
+        """Every token that occurs, in ascending order."""
+        return sorted({self.end_token_id}.union(*self.answers))
+
+
+class RenormalisedMask(LogitsProcessor):
+    """Leaves some tokens, whose probabilities sum to one again. Comes before rules that only take tokens away."""
+
+    @abstractmethod
+    def forbidden(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.BoolTensor:
+        """True for tokens that may not follow: (B, S), (B, V) -> (B, V) or (V,)"""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return scores.masked_fill(self.forbidden(input_ids, scores), -torch.inf).log_softmax(dim=-1)
+
+
+class TrieMask(RenormalisedMask):
+    """Only answers of a trie, after the first `start` tokens of the target."""
+
+    def __init__(self, trie: AnswerTrie, start: int = 1):
+        self.trie = trie
+        self.start = start
+        self._indices: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def forbidden(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.BoolTensor:
+        mask = torch.ones_like(scores, dtype=torch.bool)
+        for row, prefix in enumerate(map(tuple, input_ids[:, self.start :].tolist())):
+            if prefix not in self._indices:
+                self._indices[prefix] = torch.tensor(self.trie.allowed(prefix), device=scores.device)
+            mask[row, self._indices[prefix]] = False
+        return mask
+
+
+class RangeMask(RenormalisedMask):
+    """Only tokens from `first` to `last` - 1, and the special ones."""
+
+    def __init__(self, first: int, last: int):
+        if not SPECIAL_IDS <= first < last:
+            raise ValueError(
+                f"expected token_range (first, last) with {SPECIAL_IDS} <= first < last; got {first, last}."
+            )
+        self.first = first
+        self.last = last
+
+    def forbidden(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.BoolTensor:
+        if self.last > scores.shape[-1]:
+            raise ValueError(f"token_range ends at {self.last}; the vocabulary has {scores.shape[-1]} tokens.")
+        ids = torch.arange(scores.shape[-1], device=scores.device)
+        return (ids >= SPECIAL_IDS) & ((ids < self.first) | (ids >= self.last))
+
+
+class EndOfTarget(LogitsProcessor):
+    """
+    The last token is an end token and counts with its own log-probability; padding is never said. Where another rule
+    forbids the end, as a minimum length that equals the limit, the target stays open.
+
+    Args:
+        limit: length of the longest target with start and end token.
+        code_rows: rows that say image codes, (B,); before the limit they take no special token.
+    """
+
+    def __init__(self, limit: int, end_token_ids: list[int], pad_token_id: int, code_rows: torch.Tensor | None = None):
+        self.limit = limit
+        self.end_token_ids = end_token_ids
+        self.pad_token_id = pad_token_id
+        self.code_rows = code_rows
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if input_ids.shape[1] < self.limit - 1:
+            scores = scores.index_fill(1, torch.tensor([self.pad_token_id], device=scores.device), -torch.inf)
+            if self.code_rows is not None:
+                rows = self.code_rows.repeat_interleave(len(scores) // len(self.code_rows))
+                scores[:, :SPECIAL_IDS].masked_fill_(rows[:, None], -torch.inf)
+            return scores
+        ends = scores[:, self.end_token_ids]
+        closed = torch.full_like(scores, -torch.inf)
+        closed[:, self.end_token_ids] = ends
+        return torch.where(ends.isfinite().any(dim=1, keepdim=True), closed, scores)
+
+
+class UnivalGenerationMixin(GenerationMixin):
+    """`generate()` and `score_candidates()` of a model that has an encoder and image codes."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: Any | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        *,
+        answer_trie: AnswerTrie | None = None,
+        token_range: tuple[int, int] | None = None,
+        **kwargs,
+    ):
+        """
+        As `GenerationMixin.generate`. The last token that fits is an end token, scored by its own log-probability.
+
+        Args:
+            answer_trie: only these answers are said, with probabilities among them. The limit is that of the longest
+                one unless another is given.
+            token_range: only tokens from the first to before the last are said, with probabilities among them.
+            decoder_input_ids: what every target starts with, such as the question of `prompt_type="prev_output"`: it
+                counts as said. Prompts of unequal lengths may be padded on either side. The sequences that are
+                returned are padded on the left then: what was said begins at the width of `decoder_input_ids`.
+            decoder_code_mask: True for the rows that say image codes, which are never special tokens. Where all rows
+                do, the length is that of a whole image unless another is given.
+
+        Raises:
+            ValueError: a target of this length has more tokens than the model has positions.
+        """
+        kwargs |= self._prompts(kwargs)
+        start = kwargs["decoder_input_ids"].shape[1] if "decoder_input_ids" in kwargs else 1
+        masks = [] if answer_trie is None else [TrieMask(answer_trie, start)]
+        masks += [] if token_range is None else [RangeMask(*token_range)]
+        if generation_config is None and not {"max_length", "max_new_tokens"} & kwargs.keys():
+            kwargs |= self._default_lengths(answer_trie, kwargs.get("decoder_code_mask"))
+        processors = LogitsProcessorList([*masks, *(logits_processor or ())])
+        return super().generate(inputs, generation_config, processors, **kwargs)
+
+    def _default_lengths(self, trie: AnswerTrie | None, code_rows: torch.Tensor | None) -> dict[str, int]:
+        if trie is not None:
+            return {"max_new_tokens": trie.max_new_tokens}
+        if code_rows is None or not code_rows.all():
+            return {}
+        codes = self.config.code_grid_size**2
+        return {"min_new_tokens": codes, "max_new_tokens": codes + 1}
+
+    def _prompts(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """
+        What targets start with, padded on the left, and the mask that says so where lengths differ: a cache then ends
+        with the last token of every prompt, and positions count tokens from the first one that is no padding.
+        """
+        ids, mask = inputs.get("decoder_input_ids"), inputs.get("decoder_attention_mask")
+        if ids is None:
+            return {}
+        if mask is None:
+            mask = ids != self.config.pad_token_id
+        ids = torch.where(mask.bool(), ids, self.config.pad_token_id)
+        order = mask.long().sort(dim=1, stable=True).indices
+        ids, mask = ids.gather(1, order), mask.long().gather(1, order)
+        return {"decoder_input_ids": ids} if mask.all() else {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+
+    def _get_logits_processor(self, generation_config, *args, logits_processor=None, **kwargs) -> LogitsProcessorList:
+        code_rows = (kwargs.get("model_kwargs") or {}).get("decoder_code_mask")
+        self._check_length(generation_config.max_length, code_rows)
+        ends = generation_config.eos_token_id
+        rules = [*(logits_processor or ())]
+        if ends is not None:
+            ends = ends if isinstance(ends, list) else [ends]
+            rules.append(EndOfTarget(generation_config.max_length, ends, self.config.pad_token_id, code_rows))
+        rules = super()._get_logits_processor(
+            generation_config, *args, logits_processor=LogitsProcessorList(rules), **kwargs
+        )
+        # masks renormalise what the model says, not what minimum lengths and repeated n-grams have left of it
+        rules.sort(key=lambda rule: not isinstance(rule, RenormalisedMask))
+        return rules
+
+    def _check_length(self, length: int, code_rows: torch.Tensor | None) -> None:
+        """The last token of a target needs no position: it is not read again."""
+        if code_rows is not None and code_rows.any() and length - 1 > self.config.code_grid_size**2 + 1:
+            side = self.config.code_grid_size
+            raise ValueError(
+                f"a target of up to {length} tokens is asked for; an image has a start token, {side} x {side} codes and "
+                "an end token."
+            )
+        if (code_rows is None or not code_rows.all()) and length - 1 > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a target of up to {length} tokens is asked for, with start, prompt and end; this model takes at most "
+                f"{self.config.max_position_embeddings + 1}."
+            )
+
+    @torch.no_grad()
+    def score_candidates(
+        self, inputs: Mapping[str, Any], candidates: AnswerTrie, *, rows_per_step: int = 64
+    ) -> torch.Tensor:
+        """
+        The log-probability of every candidate among the candidates: the sum over its tokens and the end, each relative
+        to what the trie allows there. `argmax(dim=1)` is the answer (the first one among equals).
+
+        Encoder and decoder prompts run once; the tokens of candidates run in steps of up to `rows_per_step` rows.
+
+        Args:
+            inputs: of the model; `decoder_input_ids` are what every answer follows, as in `generate`.
+            candidates: what `UnivalProcessor.answer_trie` makes.
+
+        Shapes:
+            -> (B, C), float32
+        """
+        encoder_inputs = {name: value for name, value in inputs.items() if name not in DECODER_INPUTS}
+        encoded = self.get_encoder()(**encoder_inputs, return_dict=True)
+        rows = len(encoded.last_hidden_state)
+        prompts = self._prompts(inputs)
+        if not prompts:
+            start = torch.full((rows, 1), self.config.decoder_start_token_id, device=encoded.last_hidden_state.device)
+            prompts = {"decoder_input_ids": start}
+        cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        prompted = self.model(**prompts, encoder_outputs=encoded, past_key_values=cache, use_cache=True)
+        last = prompted.last_hidden_state[:, -1:]
+
+        unique = list(dict.fromkeys(candidates.answers))  # equal candidates get equal scores, to the last bit
+        count = max(1, rows_per_step // rows)
+        scores = torch.cat(
+            [
+                self._score_chunk(candidates, unique[i : i + count], last, prompts, encoded, cache)
+                for i in range(0, len(unique), count)
+            ],
+            dim=1,
+        )
+        place = {answer: i for i, answer in enumerate(unique)}
+        return scores[:, [place[answer] for answer in candidates.answers]]
+
+    def _score_chunk(self, trie: AnswerTrie, answers: list, last, prompts, encoded, cache) -> torch.Tensor:
+        """
+        Scores of some candidates, which continue a copy of the cache.
+
+        Shapes:
+            last (B, 1, D), states at the ends of the prompts -> (B, C)
+        """
+        rows, count, device = len(last), len(answers), last.device
+        length = max(map(len, answers))
+        padded = [[*answer, *[self.config.pad_token_id] * (length - len(answer))] for answer in answers]
+        ids = torch.tensor(padded, device=device).repeat(rows, 1)  # (B · C, A)
+        mask = prompts.get("decoder_attention_mask")
+        if mask is not None:
+            mask = torch.cat([mask.repeat_interleave(count, dim=0), torch.ones_like(ids)], dim=1)
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(count)
+        fields = ("last_hidden_state", "positions", "attention_mask")
+        expanded = type(encoded)(**{name: encoded[name].repeat_interleave(count, dim=0) for name in fields})
+        states = self.model(
+            encoder_outputs=expanded,
+            decoder_input_ids=ids,
+            decoder_attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        states = torch.cat([last.repeat_interleave(count, dim=0), states], dim=1)
+
+        tokens = trie.tokens
+        logits = (states @ self.lm_head.weight[tokens].T).float().view(rows, count, length + 1, len(tokens))
+        allowed, chosen, said = (each.to(device) for each in _paths(trie, answers, length + 1))
+        scores = logits.masked_fill(~allowed, -torch.inf).log_softmax(dim=-1)
+        scores = scores.gather(3, chosen.expand(rows, -1, -1)[..., None])[..., 0]
+        return scores.masked_fill(~said, 0.0).sum(dim=-1)
+
+
+def _paths(trie: AnswerTrie, answers: list, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    For each place of each answer, as places in `trie.tokens`: what is allowed, what is said, and whether anything is.
+
+    Shapes:
+        -> allowed (C, length, tokens), chosen (C, length), said (C, length); nothing is forbidden after the end
+    """
+    place = {token: i for i, token in enumerate(trie.tokens)}
+    allowed = torch.ones(len(answers), length, len(place), dtype=torch.bool)
+    chosen = torch.zeros(len(answers), length, dtype=torch.long)
+    said = torch.zeros(len(answers), length, dtype=torch.bool)
+    known: dict[tuple[int, ...], torch.Tensor] = {}
+    for row, answer in enumerate(answers):
+        for i, token in enumerate((*answer, trie.end_token_id)):
+            prefix = answer[:i]
+            if prefix not in known:
+                known[prefix] = torch.zeros(len(place), dtype=torch.bool)
+                known[prefix][[place[each] for each in trie.allowed(prefix)]] = True
+            allowed[row, i], chosen[row, i], said[row, i] = known[prefix], place[token], True
+    return allowed, chosen, said
+
+
+@torch.no_grad()
+def rank_images(clip: Any, processor: Any, texts: Sequence[str], images: Sequence[Any]) -> torch.Tensor:
+    """
+    How well sampled images fit their texts by a CLIP model; `argmax(dim=1)` is the best sample of each text.
+
+    Args:
+        clip, processor: any model of the library that gives `image_embeds` and `text_embeds`, and its processor.
+        texts: what each row's images should show, cut to what the model takes.
+        images: K samples for each text, those of a text together, as `generate(num_return_sequences=K)` orders them.
+
+    Shapes:
+        B texts, B · K images -> (B, K) cosines
+    """
+    if not texts or not images or len(images) % len(texts):
+        raise ValueError(f"expected as many images for every text; got {len(images)} images for {len(texts)} texts.")
+    inputs = processor(
+        text=list(texts), images=list(images), return_tensors="pt", padding="max_length", truncation=True
+    )
+    output = clip(**inputs.to(clip.device))
+    image, text = (
+        torch.nn.functional.normalize(each.float(), dim=-1) for each in (output.image_embeds, output.text_embeds)
+    )
+    return (image.view(len(texts), -1, image.shape[-1]) * text[:, None]).sum(dim=-1)
+
+
+__all__ = ["GENERATION_SETTINGS", "AnswerTrie", "UnivalGenerationMixin", "rank_images"]
