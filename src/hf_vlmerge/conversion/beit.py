@@ -13,7 +13,7 @@ import torch
 from hf_vlmerge.conversion.beit_keys import INSIDE_LAYERS, LAYER, OUTSIDE_LAYERS, POSITION_TABLE, PREFIX
 from hf_vlmerge.conversion.report import ConversionReport
 from hf_vlmerge.conversion.specialise import experts_of_layer, has_experts
-from hf_vlmerge.conversion.vlmo import sizes
+from hf_vlmerge.conversion.vlmo import make_processor, sizes
 from hf_vlmerge.conversion.vlmo_keys import expand
 from hf_vlmerge.conversion.write import Finish, check_shapes, make_fresh, write_model
 from hf_vlmerge.merging.tensors import open_source
@@ -62,7 +62,8 @@ def convert_beit(
     fresh = [key for key in model if key.removeprefix("vlmo.") not in trained]
     complete = {key: trained.get(key.removeprefix("vlmo."), value) for key, value in model.items()}
     check_shapes(config, "VlmoForPreTraining", {key: tuple(tensor.shape) for key, tensor in complete.items()})
-    write_model(output, "VlmoForPreTraining", config, complete, tokenizer=tokenizer, overwrite=overwrite, finish=finish)
+    processor = make_processor(config, tokenizer)
+    write_model(output, "VlmoForPreTraining", config, complete, processor=processor, overwrite=overwrite, finish=finish)
     return ConversionReport(
         source=label,
         output=str(output),

@@ -25,6 +25,8 @@ from hf_vlmerge.conversion.vlmo_keys import (
 from hf_vlmerge.conversion.write import Finish, check_shapes, write_model, write_torch
 from hf_vlmerge.merging.tensors import open_source
 from hf_vlmerge.models.vlmo.configuration_vlmo import EXPERT_MODULES, VlmoConfig
+from hf_vlmerge.models.vlmo.image_processing_vlmo import VlmoImageProcessor
+from hf_vlmerge.models.vlmo.processing_vlmo import VlmoProcessor
 
 Shapes = Mapping[str, tuple[int, ...]]
 RELEASED_FUSION_LAYERS = 2
@@ -78,8 +80,9 @@ def convert_to_hf(
         )
         converted = {ours: tensors[theirs] for theirs, ours in plan.table.items()}
         label = tensors.label
+    processor = make_processor(plan.config, tokenizer)
     write_model(
-        output, CLASSES[plan.head], plan.config, converted, tokenizer=tokenizer, overwrite=overwrite, finish=finish
+        output, CLASSES[plan.head], plan.config, converted, processor=processor, overwrite=overwrite, finish=finish
     )
     return ConversionReport(
         source=label,
@@ -295,6 +298,19 @@ def pick_naming(name: str) -> Naming:
     if name not in NAMINGS:
         raise ValueError(f"naming is {name!r}; expected {' or '.join(NAMINGS)}.")
     return NAMINGS[name]
+
+
+def make_processor(config: VlmoConfig, tokenizer: str | None) -> VlmoProcessor | VlmoImageProcessor:
+    """The processor that fits a configuration; without a tokenizer its image part alone."""
+    image_processor = VlmoImageProcessor(size={"height": config.image_size, "width": config.image_size})
+    if tokenizer is None:
+        return image_processor
+    from transformers import BertTokenizer
+
+    words = BertTokenizer.from_pretrained(tokenizer)
+    if len(words) > config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(words)} words, but the model's vocabulary is {config.vocab_size}.")
+    return VlmoProcessor(image_processor, words, max_text_length=config.max_text_length)
 
 
 def sizes(config: VlmoConfig) -> dict:

@@ -4,31 +4,36 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hf_vlmerge.merging.tensors import save_checkpoint
 from hf_vlmerge.merging.tensors.sinks import explained
+from hf_vlmerge.models.unival import modeling_unival
 from hf_vlmerge.models.vlmo import modeling_vlmo
-from hf_vlmerge.models.vlmo.configuration_vlmo import VlmoConfig
-from hf_vlmerge.models.vlmo.image_processing_vlmo import VlmoImageProcessor
-from hf_vlmerge.models.vlmo.processing_vlmo import VlmoProcessor
 
 Finish = Callable[[Path], None]  # called with the temporary folder before it gets its name
+MODULES = {"vlmo": modeling_vlmo, "unival": modeling_unival}  # model_type -> where its classes are
 
 
-def make_fresh(architecture: str, config: VlmoConfig, seed: int | None) -> dict[str, torch.Tensor]:
-    """A model's state dict at initial values; without a seed on the meta device, where nothing is allocated."""
-    make = getattr(modeling_vlmo, architecture)
+def make_fresh(architecture: str, config: Any, seed: int | None) -> dict[str, torch.Tensor]:
+    """
+    A model's tensors at initial values, tied ones under their first name only; without a seed on the meta device,
+    where nothing is allocated.
+    """
+    make = getattr(MODULES[config.model_type], architecture)
     if seed is None:
         with torch.device("meta"):
-            return make(config).state_dict()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make(config).state_dict()
+            model = make(config)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = make(config)
+    return {key: tensor for key, tensor in model.state_dict().items() if key not in model.all_tied_weights_keys}
 
 
-def check_shapes(config: VlmoConfig, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(config: Any, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises ValueError unless the tensors are exactly those of the model."""
     expected = {key: tuple(tensor.shape) for key, tensor in make_fresh(architecture, config, seed=None).items()}
     if set(shapes) != set(expected):
@@ -43,17 +48,16 @@ def check_shapes(config: VlmoConfig, architecture: str, shapes: Mapping[str, tup
 def write_model(
     output: str | Path,
     architecture: str,
-    config: VlmoConfig,
+    config: Any,
     tensors: Mapping[str, torch.Tensor],
     *,
-    tokenizer: str | None = None,
+    processor: Any,
     overwrite: bool = False,
     finish: Finish | None = None,
 ) -> Path:
-    """A folder for `from_pretrained`: weights, config.json, processor (without a tokenizer its image part alone)."""
+    """A folder for `from_pretrained`: weights, config.json, and a processor or what there is of one."""
     config.architectures = [architecture]
     config.dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-    processor = make_processor(config, tokenizer)
 
     def complete(folder: Path) -> None:
         processor.save_pretrained(folder)
@@ -67,19 +71,6 @@ def write_model(
         finish=complete,
         overwrite=overwrite,
     )
-
-
-def make_processor(config: VlmoConfig, tokenizer: str | None) -> VlmoProcessor | VlmoImageProcessor:
-    """The processor that fits a configuration."""
-    image_processor = VlmoImageProcessor(size={"height": config.image_size, "width": config.image_size})
-    if tokenizer is None:
-        return image_processor
-    from transformers import BertTokenizer
-
-    words = BertTokenizer.from_pretrained(tokenizer)
-    if len(words) > config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(words)} words, but the model's vocabulary is {config.vocab_size}.")
-    return VlmoProcessor(image_processor, words, max_text_length=config.max_text_length)
 
 
 def write_torch(output: str | Path, content: dict, *, overwrite: bool = False) -> Path:
