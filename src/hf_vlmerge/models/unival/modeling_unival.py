@@ -892,6 +892,12 @@ class UnivalForConditionalGeneration(UnivalPreTrainedModel, UnivalGenerationMixi
         """(B, S) -> (B, S); collators call it."""
         return shift_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
 
+    @staticmethod
+    def _reorder_cache(past_key_values: EncoderDecoderCache, beam_idx: torch.Tensor) -> EncoderDecoderCache:
+        """Beam search: the beams of a row see the same encoder output, so only what they wrote themselves moves."""
+        past_key_values.self_attention_cache.reorder_cache(beam_idx)
+        return past_key_values
+
     def _expand_inputs_for_generation(self, *args, **kwargs):
         # by now the encoder has run: beams need its output, not copies of the pixels
         kept = {name: value for name, value in kwargs.items() if name not in (*INPUT_OF.values(), "media_types")}
