@@ -73,8 +73,9 @@ class Maker:
         return job.method.keeps_equal(group.parameters, group.weights) and self.reader.all_equal(group, refs)
 
     def copy(self, group: MergeGroup) -> None:
-        """Take the first input as it is; only another dtype is a reason to read it."""
+        """Take the first input as it is, within the kernel where the dtype stays."""
         ref: Ref = group.inputs[0]
+        self.reader.check_copied(group)
         source = self.reader.sources[ref.source]
         extent = source.extent(ref.key) if source.dtype(ref.key) == group.dtype else None
         if extent is not None and self.sink.copy(group.output, *extent):

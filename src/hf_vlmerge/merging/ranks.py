@@ -4,6 +4,7 @@
 Results travel as Python objects over gloo between processes of one job.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +32,7 @@ class Ranks(NamedTuple):
 
         if not dist.is_initialized():
             dist.init_process_group("gloo")
+            atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter
         group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", count))
         return cls(dist.get_rank(), count, -(-count // local), group)

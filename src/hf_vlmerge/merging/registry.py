@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 import torch
@@ -207,7 +208,7 @@ M = TypeVar("M", bound=Method)
 
 
 class Registry(Generic[M]):
-    """Named methods of one package; the folder is scanned at the first look-up and import errors raise."""
+    """Named methods of one package, found by scanning its folder; import errors raise."""
 
     def __init__(self, kind: str, package: str) -> None:
         self.kind, self.package, self.entries = kind, package, {}
@@ -225,9 +226,11 @@ class Registry(Generic[M]):
         return sorted(self.entries)
 
     def get(self, name: str) -> M:
-        names = self.names()
-        if name not in names:
-            raise MergeError(f"unknown {self.kind} {name!r}{nearest(name, names)}")
+        """A method by name. Its file has the same name, so that one method costs one import."""
+        if name not in self.entries and name.isidentifier() and find_spec(f"{self.package}.{name}"):
+            importlib.import_module(f"{self.package}.{name}")
+        if name not in self.entries and name not in self.names():
+            raise MergeError(f"unknown {self.kind} {name!r}{nearest(name, self.names())}")
         return self.entries[name]
 
 

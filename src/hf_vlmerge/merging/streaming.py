@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .errors import MergeError
 from .groups import MergeGroup, Ref, Sources
-from .program import BLOCK, Chunk, Read, Step, Unit, WholeModel, begin, partial_sums, resume, shape_for
+from .program import BLOCK, Chunk, Read, Step, Unit, WholeModel, begin, resume, shape_for, total
 from .registry import Method
-from .tensors.dtypes import all_finite
+from .tensors.dtypes import all_finite, is_mergeable
 
 CHUNK_SIZE = 1 << 18  # elements of one member: with its temporaries, what stays in a core's own cache
 PROBE = 1 << 12  # elements that are compared first: tensors that differ usually differ at once
@@ -42,10 +42,24 @@ class Reader:
     def fill(self, place: Tensor, ref: Ref, start: int, stop: int) -> None:
         """Read a run of one input into a float32 place of any shape."""
         place.view(-1).copy_(self.stored(ref, start, stop))
-        # The sum of finite values is finite unless it overflows, and ten times cheaper than asking every value.
-        if not (self.allow_nonfinite or math.isfinite(place.sum()) or all_finite(place)):
-            bad, label = "NaN" if place.isnan().any() else "Inf", self.sources[ref.source].label
-            raise MergeError(f"{ref.key} of {label} ({ref.source}) contains {bad}; allow it or mend it")
+        self.check(ref, place)
+
+    def check(self, ref: Ref, values: Tensor) -> None:
+        """Refuse NaN and Inf. The sum of finite values is finite unless it overflows, and far cheaper than a look at
+        each of them."""
+        if self.allow_nonfinite or math.isfinite(values.sum()) or all_finite(values):
+            return
+        bad, label = "NaN" if values.isnan().any() else "Inf", self.sources[ref.source].label
+        raise MergeError(f"{ref.key} of {label} ({ref.source}) contains {bad}; allow it or mend it")
+
+    def check_copied(self, group: MergeGroup) -> None:
+        """The same for a tensor that is copied."""
+        ref = group.inputs[0]
+        if self.allow_nonfinite or not is_mergeable(self.sources[ref.source].dtype(ref.key)):
+            return
+        for start, stop in self.spans(group, "element"):
+            values = self.stored(ref, start, stop)
+            self.check(ref, values.float() if values.dtype.itemsize == 1 else values)
 
     def spans(self, group: MergeGroup, unit: Unit) -> Iterator[tuple[int, int]]:
         """Flat (start, stop) of each chunk: a number of whole blocks of the unit. A tensor without elements is one."""
@@ -154,8 +168,7 @@ def settle_whole_model(
 
 def job_total(job: Job, chunks: Chunks) -> tuple[Tensor, ...]:
     """One tensor's part of a sum over the whole model."""
-    parts = [p for c in chunks(job) for p in partial_sums(job.step.request.reduce, job.method.unit, c)]
-    return tuple(map(sum_in_order, zip(*parts, strict=True)))
+    return total(job.step.request.reduce, chunks(job), job.method.unit)
 
 
 def sum_in_order(values: Iterable[Tensor]) -> Tensor:
