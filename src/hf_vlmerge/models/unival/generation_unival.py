@@ -1,8 +1,8 @@
 # Copyright 2026 The hf_vlmerge authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-How UnIVAL says things: what `generate()` adds to the library's, answers from a list, image codes, settings of the tasks.
+How UnIVAL says things: what its `generate()` adds, answers from a list, image codes, and the settings of the tasks.
 
-B = batch, V = vocabulary, S = target tokens so far, C = candidates, A = tokens of the longest of them, K = samples a row.
+B = batch, V = vocabulary, S = target tokens so far, C = candidates, A = tokens of the longest, K = samples a row.
 """
 
 import copy
@@ -139,8 +139,8 @@ class EndOfTarget(LogitsProcessor):
         self.code_rows = code_rows
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.index_fill(1, torch.tensor([self.pad_token_id], device=scores.device), -torch.inf)
         if input_ids.shape[1] < self.limit - 1:
-            scores = scores.index_fill(1, torch.tensor([self.pad_token_id], device=scores.device), -torch.inf)
             if self.code_rows is not None:
                 rows = self.code_rows.repeat_interleave(len(scores) // len(self.code_rows))
                 scores[:, :SPECIAL_IDS].masked_fill_(rows[:, None], -torch.inf)
@@ -233,8 +233,8 @@ class UnivalGenerationMixin(GenerationMixin):
         if code_rows is not None and code_rows.any() and length - 1 > self.config.code_grid_size**2 + 1:
             side = self.config.code_grid_size
             raise ValueError(
-                f"a target of up to {length} tokens is asked for; an image has a start token, {side} x {side} codes and "
-                "an end token."
+                f"a target of up to {length} tokens is asked for; an image has a start token, {side} x {side} codes "
+                "and an end token."
             )
         if (code_rows is None or not code_rows.all()) and length - 1 > self.config.max_position_embeddings:
             raise ValueError(

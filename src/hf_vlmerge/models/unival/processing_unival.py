@@ -14,12 +14,16 @@ from transformers.processing_utils import ProcessorMixin
 
 from .batching_unival import make_rows
 from .batching_unival import media_types
+from .batching_unival import text_rows
+from .generation_unival import GENERATION_SETTINGS
+from .generation_unival import AnswerTrie
 from .grounding_unival import bins_of_boxes
 from .grounding_unival import boxes_of_bins
 from .media_unival import generator_of
 from .media_unival import load_image
 from .media_unival import load_video
 from .prompts_unival import BOX
+from .prompts_unival import PROMPTS
 from .prompts_unival import fields_of
 from .prompts_unival import make_prompt
 from .prompts_unival import make_target
@@ -285,6 +289,28 @@ class UnivalProcessor(ProcessorMixin):
                 )
             grids.append(torch.tensor(ids).view(side, side) - first)
         return torch.stack(grids)
+
+    # ------------------------------------------------------------------------------------------------------ generation
+
+    def answer_trie(self, answers: list[str]) -> AnswerTrie:
+        """For `generate(answer_trie=...)` and `score_candidates`: only these answers, a leading space added."""
+        texts = [_spaced(answer, row) for row, answer in enumerate(text_rows(answers))]
+        ids = self._encode(texts, False, None) if texts else []
+        return AnswerTrie([row[1:-1] for row in ids], self.tokenizer.eos_token_id)
+
+    def generation_settings(self, task: str) -> dict[str, Any]:
+        """
+        Arguments of `generate()` that a task was evaluated with: `model.generate(**inputs, **settings)`.
+
+        Raises:
+            ValueError: there are none for the task.
+        """
+        if task not in GENERATION_SETTINGS:
+            raise ValueError(f"there are no settings for {task!r}; there are for {', '.join(GENERATION_SETTINGS)}.")
+        settings = dict(GENERATION_SETTINGS[task])
+        if task in PROMPTS and PROMPTS[task].codes:
+            settings["token_range"] = (self._first["code"], self._first["code"] + self._count("code"))
+        return settings
 
     @property
     def model_input_names(self) -> list[str]:
