@@ -312,6 +312,12 @@ def test_layers_compile_without_graph_breaks():
     assert isinstance(layer, UnivalDecoderLayer) and isinstance(model.model.encoder.layers[0], UnivalEncoderLayer)
 
 
+@torch.no_grad()
+def test_a_pass_over_one_kind_of_media_is_one_graph():
+    model, batch = model_of(towers=["image"], image_depths=[1, 1, 1, 1]), tiny_batch(2)
+    close(torch.compile(model, fullgraph=True, backend="eager")(**batch).logits, model(**batch).logits)
+
+
 def test_distributed_data_parallel_gives_the_same_loss(tmp_path):
     import torch.distributed as dist
 
@@ -534,6 +540,10 @@ def test_a_wrong_configuration_is_refused_in_one_sentence(changes, message):
         (
             {"decoder_input_ids": torch.full((4, 9), 5), "decoder_attention_mask": torch.ones(4, 8)},
             "decoder_attention_mask covers 8 tokens; expected 9",
+        ),
+        (
+            {"decoder_input_ids": torch.full((4, 9), 5), "decoder_attention_mask": torch.ones(4, 1, 9, 9)},
+            r"decoder_attention_mask has 4 dimensions; expected \(rows, tokens\)",
         ),
         ({"encoder_outputs": torch.nn.Identity()}, "encoder_outputs has no `positions`"),
         (

@@ -10,6 +10,7 @@ B = batch, N = media tokens, T = text tokens, L = N + T, Q = target tokens of th
 D = width, H = heads, G = side of the position grid, V = vocabulary, K = kinds of media in a batch.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -125,7 +126,7 @@ def text_buckets(queries: torch.Tensor, keys: torch.Tensor, size: int, distance:
     offset = queries[..., :, None] - keys[..., None, :]
     exact = size // 2
     ratio = torch.log(offset.abs().clamp(min=exact).float() / exact)
-    scaled = ratio * ((exact - 1) / torch.log(torch.tensor((distance - 1) / exact)).item())
+    scaled = ratio * ((exact - 1) / math.log((distance - 1) / exact))
     # the margin keeps rounding from lifting the last distance, where the value is whole, into one bucket more
     far = torch.ceil(scaled - 1e-4).clamp(max=exact - 1).long() + exact
     return torch.where(offset.abs() <= exact, offset, offset.sign() * far) + size - 1
@@ -163,8 +164,8 @@ def relative_bias(tables: nn.ModuleList, buckets: torch.Tensor) -> list[torch.Te
 
 
 def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """0 where visible, the lowest number elsewhere: a shape -> the same"""
-    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible.bool(), torch.finfo(dtype).min)
+    """0 where visible, half the lowest number elsewhere (a bias is added to it): a shape -> the same"""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible.bool(), torch.finfo(dtype).min / 2)
 
 
 def shift_right(labels: torch.Tensor, pad_token_id: int, start_token_id: int) -> torch.Tensor:
@@ -674,6 +675,11 @@ class UnivalDecoder(UnivalStack):
         positions = torch.arange(total, device=device)[None]
         visible = (positions <= positions[:, past:].transpose(0, 1))[None, None]
         if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError(
+                    f"decoder_attention_mask has {attention_mask.dim()} dimensions; expected (rows, tokens). "
+                    "Generation with a static cache makes such masks; this model takes a dynamic one."
+                )
             if attention_mask.shape[1] != total:
                 raise ValueError(
                     f"decoder_attention_mask covers {attention_mask.shape[1]} tokens; expected {total}, all so far."
