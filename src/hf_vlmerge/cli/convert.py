@@ -15,6 +15,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON."
 Tokenizer = Annotated[
     str | None, typer.Option(help="Hub id or folder of a BERT WordPiece tokenizer to put beside the model.")
 ]
+BartTokenizer = Annotated[
+    str | None, typer.Option(help="Hub id or folder of a BART tokenizer: the processor is put beside the model.")
+]
+ImageSize = Annotated[int, typer.Option(help="Side in pixels of the images that the processor gives.")]
+ConfigFile = Annotated[Path | None, typer.Option(help="JSON with fields of the configuration that override others.")]
 FusionLayers = Annotated[int | None, typer.Option(help="M, where the source cannot tell (no cross-modal experts).")]
 
 
@@ -62,6 +67,109 @@ def vlmo(
             finish=add_remote_code,
         )
     show(report, as_json)
+
+
+@app.command()
+def unival(
+    source: Annotated[str, typer.Argument(help="Checkpoint file (with --to-original: a folder or Hub id of ours).")],
+    out: Annotated[Path, typer.Argument(help="Folder to write (with --to-original: a .pt file).")],
+    to_original: Annotated[bool, typer.Option("--to-original", help="From our layout to the original's.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights of the file.")] = False,
+    image_size: ImageSize = 480,
+    audio_hop: Annotated[int | None, typer.Option(help="Samples between frames (200 if not given).")] = None,
+    audio_sample_rate: Annotated[int | None, typer.Option(help="Samples a second (48000 if not given).")] = None,
+    audio_min_frequency: Annotated[float | None, typer.Option(help="Hz of the lowest mel bin (50).")] = None,
+    audio_max_frequency: Annotated[float | None, typer.Option(help="Hz of the highest mel bin (14000).")] = None,
+    code_image_size: Annotated[int | None, typer.Option(help="Side of generated images in pixels (256).")] = None,
+    config: ConfigFile = None,
+    tokenizer: BartTokenizer = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+):
+    """A UnIVAL checkpoint of the original code (fairseq), and the way back.
+
+    \b
+    Example: hf-vlmerge convert unival unival_vqa.pt unival-vqa --ema --tokenizer facebook/bart-base
+    """
+    from hf_vlmerge.auto import add_remote_code
+    from hf_vlmerge.conversion import unival as conversion
+
+    if to_original:
+        report = conversion.convert_to_original(source, out, overwrite=overwrite)
+    else:
+        given = {
+            "audio_hop": audio_hop,
+            "audio_sample_rate": audio_sample_rate,
+            "audio_min_frequency": audio_min_frequency,
+            "audio_max_frequency": audio_max_frequency,
+            "code_image_size": code_image_size,
+        }
+        report = conversion.convert_to_hf(
+            source,
+            out,
+            ema=ema,
+            settings=read_fields(config) | {name: value for name, value in given.items() if value is not None},
+            image_size=image_size,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            finish=add_remote_code,
+        )
+    show(report, as_json)
+
+
+@app.command("unival-init")
+def unival_init(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    bart: Annotated[str, typer.Option(help="BART: Hub id, folder or file.")] = "facebook/bart-base",
+    image: Annotated[str | None, typer.Option(help="ResNet (timm, torchvision or transformers names).")] = None,
+    video: Annotated[str | None, typer.Option(help="3-D ResNeXt trained on Kinetics.")] = None,
+    audio: Annotated[str | None, typer.Option(help="Cnn14 of PANN.")] = None,
+    image_size: ImageSize = 480,
+    config: ConfigFile = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything that has no source.")] = 0,
+    tokenizer: BartTokenizer = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+):
+    """Initial weights of a UnIVAL model from BART and trained towers; a tower without a source is not built.
+
+    \b
+    Example: hf-vlmerge convert unival-init unival-init --image timm/resnet101.a1h_in1k --tokenizer facebook/bart-base
+    """
+    from hf_vlmerge.auto import add_remote_code
+    from hf_vlmerge.conversion.unival_init import convert_initial
+
+    report = convert_initial(
+        out,
+        bart=bart,
+        image=image,
+        video=video,
+        audio=audio,
+        settings=read_fields(config),
+        image_size=image_size,
+        seed=seed,
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+        finish=add_remote_code,
+    )
+    show(report, as_json)
+
+
+@app.command("image-codes")
+def image_codes(
+    source: Annotated[str, typer.Argument(help="Checkpoint file of a VQ-GAN with a Gumbel code book.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+):
+    """The VQ-GAN that turns image codes into images (taming-transformers, GumbelVQ).
+
+    \b
+    Example: hf-vlmerge convert image-codes vqgan_gumbel_f8.ckpt image-codes
+    """
+    from hf_vlmerge.conversion.image_codes import convert_image_codes
+
+    show(convert_image_codes(source, out, overwrite=overwrite), as_json)
 
 
 @app.command()
@@ -120,6 +228,19 @@ def seed(
     from hf_vlmerge.conversion.seed import specialise_folder
 
     print(specialise_folder(source, out, split(expert_modules), overwrite=overwrite, finish=add_remote_code))
+
+
+def read_fields(path: Path | None) -> dict:
+    """The fields in a JSON file; none without a file."""
+    if path is None:
+        return {}
+    try:
+        fields = json.loads(path.expanduser().read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path.name} is no JSON object of fields and values.")
+    return fields
 
 
 def split(names: str) -> list[str]:
