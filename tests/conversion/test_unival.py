@@ -201,6 +201,8 @@ def test_towers_may_be_missing(original, towers, tmp_path):
         (lambda s: s.update({"decoder.embed_tokens.weight": torch.zeros(92, 32)}), {}, "differ; in UnIVAL they"),
         (lambda s: None, {"audio_sample_rate": 48000}, "the stored mel matrix .* at 48000 samples a second"),
         (lambda s: None, {"audio_hops": 100}, "no field 'audio_hops'; nearest: 'audio_hop'"),
+        (lambda s: None, {"hidden_size": 63}, "sizes do not agree: hidden_size 63 is not a multiple of num_att"),
+        (lambda s: None, {"audio_hop": "many"}, "sizes do not agree: .*audio_hop"),
         (lambda s: None, {"hidden_size": 64}, r"has shape \(92, 32\); these sizes need \(92, 64\)"),
         (lambda s: None, {"model_type": "bart"}, "settings are those of a 'bart' model"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from hf_vlmerge.conversion.report import ConversionReport
 from hf_vlmerge.conversion.unival_buffers import MEL_MATRIX, recomputed_tensors
@@ -172,7 +173,10 @@ def make_config(found: Mapping[str, Any], settings: Mapping[str, Any]) -> Unival
     fields = {**found, **settings}
     if "code_image_size" not in fields and "grid_size" in fields:
         fields["code_image_size"] = min(UnivalConfig.code_image_size, 8 * fields["grid_size"])
-    return UnivalConfig(**fields)
+    try:
+        return UnivalConfig(**fields)
+    except StrictDataclassError as error:
+        raise ValueError(f"the sizes do not agree: {error.__cause__ or error}") from None
 
 
 def checked_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:

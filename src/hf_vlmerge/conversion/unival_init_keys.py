@@ -1,5 +1,6 @@
 """Where the tensors of BART, ResNet, 3-D ResNeXt and Cnn14 checkpoints go: patterns, in order; the first that fits a
-whole key counts. What it gives is UnIVAL's original name, which `unival_keys.our_key` translates."""
+whole key counts. `{\\1+1}` is the number in the first group, plus one. The result is UnIVAL's original name, which
+`unival_keys.our_key` translates."""
 
 import re
 
@@ -15,19 +16,19 @@ RULES = {
         (r"(?:resnet\.)?embedder\.embedder\.normalization\.(.+)", r"encoder.embed_images.bn1.\1"),
         (
             r"(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.shortcut\.convolution\.(.+)",
-            r"encoder.embed_images.layer{1+1}.\2.downsample.0.\3",
+            r"encoder.embed_images.layer{\1+1}.\2.downsample.0.\3",
         ),
         (
             r"(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.shortcut\.normalization\.(.+)",
-            r"encoder.embed_images.layer{1+1}.\2.downsample.1.\3",
+            r"encoder.embed_images.layer{\1+1}.\2.downsample.1.\3",
         ),
         (
             r"(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d+)\.convolution\.(.+)",
-            r"encoder.embed_images.layer{1+1}.\2.conv{3+1}.\4",
+            r"encoder.embed_images.layer{\1+1}.\2.conv{\3+1}.\4",
         ),
         (
             r"(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d+)\.normalization\.(.+)",
-            r"encoder.embed_images.layer{1+1}.\2.bn{3+1}.\4",
+            r"encoder.embed_images.layer{\1+1}.\2.bn{\3+1}.\4",
         ),
         # timm, torchvision
         (r"((?:conv1|bn1|layer\d+)\..+)", r"encoder.embed_images.\1"),
@@ -53,9 +54,7 @@ def original_name(part: str, key: str) -> str | None:
     for pattern, name in RULES[part]:
         match = re.fullmatch(pattern, key)
         if match:
-            # {n+1}: the n-th group counts from 0 there and from 1 here
-            counted = re.sub(r"\{(\d)\+1\}", lambda group: str(int(match[int(group[1])]) + 1), name)
-            return match.expand(counted)
+            return re.sub(r"\{(\d+)\+1\}", lambda number: str(int(number[1]) + 1), match.expand(name))
     return None
 
 
