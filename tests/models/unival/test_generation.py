@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer, pipeline
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from hf_vlmerge.models.unival.generation_unival import (
     GENERATION_SETTINGS,
@@ -268,6 +269,56 @@ def test_beams_build_biases_of_the_encoder_once(monkeypatch):
     monkeypatch.setattr(model.model.encoder, "position_biases", lambda *a: calls.append(1) or build(*a))
     model.generate(**batch, num_beams=5, max_new_tokens=6, min_new_tokens=5)
     assert len(calls) == 1
+
+
+# Beams, samples and candidates share the rows of the encoder
+
+
+def cache_of(model) -> EncoderDecoderCache:
+    return EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+
+
+@pytest.mark.parametrize("codes", [None, [True] * 6, [True, False, True, True, False, False]])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_targets_that_share_a_row_of_the_encoder_equal_copies_of_it(codes, padded, implementation):
+    """Three targets a row, in one pass and in steps with the cache; the masks differ within a row."""
+    model, batch = model_of(attn_implementation=implementation), inputs_of(mixed_batch((0, -1)))
+    ids = torch.randint(4, 68, (6, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :2] = mask[2, :1] = mask[5, :3] = 0
+    options = {"decoder_code_mask": None if codes is None else torch.tensor(codes)}
+    encoded = model.get_encoder()(**batch)
+    copied = type(encoded)(**{name: encoded[name].repeat_interleave(3, dim=0) for name in encoded})
+    masks = {"decoder_attention_mask": mask} if padded else {}
+    expected = model(encoder_outputs=copied, decoder_input_ids=ids, **masks, **options).logits
+    shared = model(encoder_outputs=encoded, decoder_input_ids=ids, **masks, **options).logits
+    assert (shared - expected)[mask.bool()].abs().max() < 1e-5
+    cache, steps = cache_of(model), []
+    for start, end in ((0, 4), (4, 5), (5, 6), (6, 7)):
+        masks = {"decoder_attention_mask": mask[:, :end]} if padded else {}
+        step = {"encoder_outputs": encoded, "decoder_input_ids": ids[:, start:end], "past_key_values": cache}
+        steps.append(model(**step, **masks, **options).logits)
+    assert (torch.cat(steps, dim=1) - expected)[mask.bool()].abs().max() < 1e-5
+    keys = [layer.keys for part in (cache.self_attention_cache, cache.cross_attention_cache) for layer in part.layers]
+    assert [len(key) for key in keys] == [6, 6, 2, 2]
+
+
+@torch.no_grad()
+def test_beams_leave_the_output_of_the_encoder_as_it_is():
+    model, batch = model_of(), inputs_of(tiny_batch(2))
+    encoded = model.get_encoder()(**batch)
+    found = model.generate(encoder_outputs=encoded, num_beams=3, max_new_tokens=4)
+    assert len(encoded.last_hidden_state) == len(encoded.positions) == 2
+    assert torch.equal(found, model.generate(**batch, num_beams=3, max_new_tokens=4))
+
+
+def test_targets_without_a_row_of_the_encoder():
+    model = model_of(towers=[])
+    with pytest.raises(ValueError, match="the target has 3 rows; expected a multiple of the encoder's 2"):
+        model(**inputs_of(tiny_batch(2, None)), decoder_input_ids=torch.zeros(3, 2, dtype=torch.long))
 
 
 # Image codes

@@ -296,15 +296,13 @@ class UnivalGenerationMixin(GenerationMixin):
         mask = prompts.get("decoder_attention_mask")
         if mask is not None:
             mask = torch.cat([mask.repeat_interleave(count, dim=0), torch.ones_like(ids)], dim=1)
-        cache = copy.deepcopy(cache)
-        cache.batch_repeat_interleave(count)
-        fields = ("last_hidden_state", "positions", "attention_mask")
-        expanded = type(encoded)(**{name: encoded[name].repeat_interleave(count, dim=0) for name in fields})
+        said_so_far = copy.deepcopy(cache.self_attention_cache)
+        said_so_far.batch_repeat_interleave(count)
         states = self.model(
-            encoder_outputs=expanded,
+            encoder_outputs=encoded,
             decoder_input_ids=ids,
             decoder_attention_mask=mask,
-            past_key_values=cache,
+            past_key_values=EncoderDecoderCache(said_so_far, cache.cross_attention_cache),
             use_cache=True,
         ).last_hidden_state
         states = torch.cat([last.repeat_interleave(count, dim=0), states], dim=1)

@@ -327,18 +327,20 @@ class UnivalDecoderLayer(UnivalLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
+        W rows of targets may share one row of the encoder: their queries then stand in a line before its keys.
+
         Shapes:
-            hidden_states (B, Q, D); self_bias (1 or B, H, Q, S); encoder_hidden_states (B, L, D);
-            cross_bias (B, H, Q, L) -> (B, Q, D)
+            hidden_states (B · W, Q, D); self_bias (1 or B · W, H, Q, S); encoder_hidden_states (B, L, D);
+            cross_bias (B, H, W · Q, L) -> (B · W, Q, D)
         """
         context, _ = self.self_attn(
             self.self_attn_norm(hidden_states), self_bias, past_key_values=past_key_values, **kwargs
         )
         hidden_states = self.add(hidden_states, self.self_attn_post_norm(context))
-        context, _ = self.cross_attn(
-            self.cross_attn_norm(hidden_states), cross_bias, encoder_hidden_states, past_key_values, **kwargs
-        )
-        hidden_states = self.add(hidden_states, self.cross_attn_post_norm(context))
+        queries = self.cross_attn_norm(hidden_states).reshape(len(encoder_hidden_states), -1, hidden_states.shape[2])
+        context, _ = self.cross_attn(queries, cross_bias, encoder_hidden_states, past_key_values, **kwargs)
+        context = self.cross_attn_post_norm(context).view_as(hidden_states)
+        hidden_states = self.add(hidden_states, context)
         return self.feed_forward(hidden_states)
 
 
@@ -611,17 +613,23 @@ class UnivalDecoder(UnivalStack):
         Args:
             attention_mask: of all target tokens so far. Needed for padding on the left only (positions then count
                 tokens from the first real one): padding on the right is hidden by the causal mask.
-            encoder_hidden_states, encoder_attention_mask, encoder_positions: fields of `UnivalEncoderOutput`.
+            encoder_hidden_states, encoder_attention_mask, encoder_positions: fields of `UnivalEncoderOutput`. Where
+                they have fewer rows, each serves W rows of targets that stand together: beams, samples, candidates.
             code_mask: True for the rows whose target is image codes.
 
         Shapes:
-            input_ids (B, Q); attention_mask (B, S); encoder_hidden_states, encoder_positions (B, L, D);
-            encoder_attention_mask (B, L); code_mask (B,) -> last_hidden_state (B, Q, D)
+            input_ids (B · W, Q); attention_mask (B · W, S); encoder_hidden_states, encoder_positions (B, L, D);
+            encoder_attention_mask (B, L); code_mask (B · W,) -> last_hidden_state (B · W, Q, D)
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either decoder_input_ids or decoder_inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if len(inputs_embeds) % len(encoder_positions):
+            raise ValueError(
+                f"the target has {len(inputs_embeds)} rows; expected a multiple of the encoder's "
+                f"{len(encoder_positions)}."
+            )
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -631,12 +639,8 @@ class UnivalDecoder(UnivalStack):
         positions, visible = self.positions_and_mask(inputs_embeds, past, attention_mask)
         targets = self.select(codes, self.embed_text_positions, self.embed_code_positions, positions)  # (1 or B, S, D)
         self_biases = self.self_biases(targets, positions, past, codes, visible)
-        cross_bias = position_scores(
-            targets[:, past:], encoder_positions, self.cross_position_q_proj, self.cross_position_k_proj,
-            self.config.num_attention_heads, self.scaling,
-        )  # fmt: skip
-        if encoder_attention_mask is not None:
-            cross_bias = cross_bias + additive_mask(encoder_attention_mask, cross_bias.dtype)[:, None, None, :]
+        shared = len(inputs_embeds) // len(encoder_positions)  # W
+        cross_bias = self.cross_bias(targets[:, past:], encoder_positions, encoder_attention_mask, shared)
 
         for layer, self_bias in zip(self.layers, self_biases, strict=True):
             hidden_states = layer(
@@ -650,6 +654,24 @@ class UnivalDecoder(UnivalStack):
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
+
+    def cross_bias(
+        self, targets: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, shared: int
+    ) -> torch.Tensor:
+        """
+        The bias of all layers towards the encoder, where `shared` = W rows of targets follow each of its rows.
+
+        Shapes:
+            targets (1 or B · W, Q, D); positions (B, L, D); mask (B, L) -> (B, H, W · Q, L), or (B, H, 1, L) for all W
+            rows where they have one and the same new position
+        """
+        if len(targets) > 1:
+            targets = targets.reshape(len(positions), -1, targets.shape[2])  # (B, W · Q, D)
+        elif targets.shape[1] > 1:
+            targets = targets.repeat(1, shared, 1)
+        q_proj, k_proj = self.cross_position_q_proj, self.cross_position_k_proj
+        bias = position_scores(targets, positions, q_proj, k_proj, self.config.num_attention_heads, self.scaling)
+        return bias if mask is None else bias + additive_mask(mask, bias.dtype)[:, None, None, :]
 
     @staticmethod
     def code_rows(code_mask: torch.Tensor | None) -> torch.Tensor | bool:
@@ -904,10 +926,11 @@ class UnivalForConditionalGeneration(UnivalPreTrainedModel, UnivalGenerationMixi
         past_key_values.self_attention_cache.reorder_cache(beam_idx)
         return past_key_values
 
-    def _expand_inputs_for_generation(self, *args, **kwargs):
-        # by now the encoder has run: beams need its output, not copies of the pixels
+    def _expand_inputs_for_generation(self, *args, encoder_outputs: UnivalEncoderOutput | None = None, **kwargs):
+        # the encoder has run by now: beams and samples share its rows, and need no copies of the pixels
         kept = {name: value for name, value in kwargs.items() if name not in (*INPUT_OF.values(), "media_types")}
-        return super()._expand_inputs_for_generation(*args, **kept)
+        input_ids, expanded = super()._expand_inputs_for_generation(*args, encoder_outputs={}, **kept)
+        return input_ids, expanded | {"encoder_outputs": encoder_outputs}
 
 
 __all__ = ["UnivalForConditionalGeneration", "UnivalModel", "UnivalPreTrainedModel"]
