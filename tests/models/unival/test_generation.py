@@ -181,7 +181,7 @@ def test_candidates_are_scored_with_one_run_of_the_encoder():
     model.model.decoder.layers[0].register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[:2]))
     model.score_candidates(batch, AnswerTrie(ANSWERS), rows_per_step=6)
     assert len(encoded) == 1
-    assert lengths == [(2, 1), (6, 3), (6, 2)]  # the start, then three candidates a row and step
+    assert lengths == [(2, 1), (6, 2), (6, 3)]  # the start, then three candidates a row and step, short ones first
 
 
 @torch.no_grad()
@@ -221,6 +221,21 @@ def test_prompts_of_unequal_lengths_equal_each_alone(beams):
         assert together[row, 5 - len(prompt) : 5].tolist() == prompt
         assert torch.equal(together[row, 5 : 5 + len(said)], said)
         assert (together[row, 5 + len(said) :] == 1).all()
+
+
+@torch.no_grad()
+def test_either_side_of_padding_and_an_absent_start_token_give_the_same():
+    model, batch, trie = model_of(), inputs_of(mixed_batch((0, 1, 2, -1))), AnswerTrie(ANSWERS)
+    right = right_padded(PROMPTS)
+    left = torch.tensor([[*[1] * (5 - len(prompt)), *prompt] for prompt in PROMPTS])
+    bare = right_padded([prompt[1:] for prompt in PROMPTS])
+    bare_left = torch.tensor([[*[1] * (5 - len(prompt)), *prompt[1:]] for prompt in PROMPTS])
+    options = [{"decoder_input_ids": ids} for ids in (right, left, bare, bare_left)]
+    options.append({"decoder_input_ids": right, "decoder_attention_mask": (right != 1).long()})
+    said = [model.generate(**batch, **each, answer_trie=trie) for each in options]
+    scores = [model.score_candidates(batch | each, trie) for each in options]
+    assert all(torch.equal(each, said[0]) for each in said) and (said[0][:, :5] == left).all()
+    assert all(torch.equal(each, scores[0]) for each in scores)
 
 
 @torch.no_grad()

@@ -173,8 +173,9 @@ class UnivalGenerationMixin(GenerationMixin):
                 one unless another is given.
             token_range: only tokens from the first to before the last are said, with probabilities among them.
             decoder_input_ids: what every target starts with, such as the question of `prompt_type="prev_output"`: it
-                counts as said. Prompts of unequal lengths may be padded on either side. The sequences that are
-                returned are padded on the left then: what was said begins at the width of `decoder_input_ids`.
+                counts as said. A start token is put before them where none has it. Prompts of unequal lengths may be
+                padded on either side. The sequences that are returned are padded on the left then: what was said begins
+                at the width of `decoder_input_ids`.
             decoder_code_mask: True for the rows that say image codes, which are never special tokens. Where all rows
                 do, the length is that of a whole image unless another is given.
 
@@ -208,6 +209,10 @@ class UnivalGenerationMixin(GenerationMixin):
             return {}
         if mask is None:
             mask = ids != self.config.pad_token_id
+        first, start = ids.gather(1, mask.long().argmax(dim=1, keepdim=True)), self.config.decoder_start_token_id
+        if (first != start).all():
+            ids = torch.nn.functional.pad(ids, (1, 0), value=start)
+            mask = torch.nn.functional.pad(mask.long(), (1, 0), value=1)
         ids = torch.where(mask.bool(), ids, self.config.pad_token_id)
         order = mask.long().sort(dim=1, stable=True).indices
         ids, mask = ids.gather(1, order), mask.long().gather(1, order)
@@ -250,7 +255,7 @@ class UnivalGenerationMixin(GenerationMixin):
         The log-probability of every candidate among the candidates: the sum over its tokens and the end, each relative
         to what the trie allows there. `argmax(dim=1)` is the answer (the first one among equals).
 
-        Encoder and decoder prompts run once; the tokens of candidates run in steps of up to `rows_per_step` rows.
+        Encoder and decoder prompts run once; candidates run in steps of up to `rows_per_step` rows, which share them.
 
         Args:
             inputs: of the model; `decoder_input_ids` are what every answer follows, as in `generate`.
@@ -270,7 +275,8 @@ class UnivalGenerationMixin(GenerationMixin):
         prompted = self.model(**prompts, encoder_outputs=encoded, past_key_values=cache, use_cache=True)
         last = prompted.last_hidden_state[:, -1:]
 
-        unique = list(dict.fromkeys(candidates.answers))  # equal candidates get equal scores, to the last bit
+        # each once, so that equal candidates get equal scores to the last bit; in order of length, for little padding
+        unique = sorted(dict.fromkeys(candidates.answers), key=len)
         count = max(1, rows_per_step // rows)
         scores = torch.cat(
             [
