@@ -5,8 +5,10 @@ Run: `make peer && .venv/bin/python -m tests.benchmarks.merge_speed [--size 1b] 
 
 Both tools run the same recipe on the same Llama-shaped bfloat16 checkpoints (a base and three copies with small noise),
 two threads, warm page cache, in turn. "whole" is the time of the process from its start to its end, "inside" that of
-the merge alone, after the imports. Memory is the largest RssAnon seen while the process ran. Ours runs without the
-flush to disk, as mergekit does, and once more with it. Every command is the tool's own.
+the merge alone, after the imports. Memory is the largest sum of anonymous memory (Pss_Anon, of all
+its processes) seen while it ran. Ours runs without the
+flush to disk, as mergekit does, and once more with it; TIES is trimmed tensor by tensor, as there. Otherwise each tool
+computes its own variant of a formula; "compat" is ours with `compat: mergekit`, whose L1 factors take a pass more.
 """
 
 import argparse
@@ -91,7 +93,7 @@ def make_inputs(folder: Path, size: str) -> None:
 
 
 def recipe_for(method: str, folder: Path) -> dict:
-    name, _, scope = method.partition(", ")
+    name = method.partition(", ")[0]
     recipe = {"merge_method": name, "dtype": "bfloat16", **METHODS[name]}
     weights = (0.2, 0.3, 0.5) if name == "linear" else (1.0, 1.0, 1.0)
     recipe["models"] = [
@@ -99,13 +101,20 @@ def recipe_for(method: str, folder: Path) -> dict:
     ]
     if name != "linear":
         recipe["base_model"] = str(folder / "base")
-    if scope:
-        recipe["parameters"] = {**recipe["parameters"], "scope": scope}
+    return recipe
+
+
+def our_recipe(method: str, folder: Path) -> dict:
+    """The same recipe with the scope of TIES, which mergekit's form cannot say."""
+    name, _, scope = method.partition(", ")
+    recipe = recipe_for(method, folder)
+    if name == "ties":
+        recipe["parameters"] = {**recipe["parameters"], "scope": scope or "tensor"}
     return recipe
 
 
 def measured(command: list[str], out: Path) -> tuple[float, float, float]:
-    """Seconds of the whole process, seconds inside (0 where it does not say), peak RssAnon in MB."""
+    """Seconds of the whole process, seconds inside (0 where it does not say), peak anonymous memory in MB."""
     shutil.rmtree(out, ignore_errors=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
@@ -123,16 +132,20 @@ def measured(command: list[str], out: Path) -> tuple[float, float, float]:
 
 
 def watch(pid: int, peak: list[float]) -> None:
-    """Keep the largest RssAnon of a process until it ends."""
-    while True:
-        try:
-            text = Path(f"/proc/{pid}/status").read_text()
-        except OSError:
-            return
-        if "RssAnon:" not in text:
-            return
-        peak[0] = max(peak[0], int(text.split("RssAnon:")[1].split()[0]) / 1e3)
-        time.sleep(0.01)
+    """Keep the largest anonymous memory of a process and its copies until it ends; what they share counts once."""
+    while Path(f"/proc/{pid}/status").exists() and (now := anonymous(pid)):
+        peak[0] = max(peak[0], now)
+        time.sleep(0.05)
+
+
+def anonymous(pid: int) -> float:
+    """Pss_Anon of a process and its children in MB; 0 when it has ended."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0.0
+    return int(text.split("Pss_Anon:")[1].split()[0]) / 1e3 + sum(anonymous(int(child)) for child in children)
 
 
 def plain_copy(folder: Path, out: Path, names: tuple[str, ...]) -> float:
@@ -185,18 +198,20 @@ def main() -> None:
     our_code.write_text(OUR_CODE)
     out, rows = folder / "out", {}
     for method in options.methods:
-        recipe = recipe_for(method, folder)
-        file, compatible = folder / "recipe.yaml", folder / "compatible.yaml"
-        file.write_text(yaml.safe_dump(recipe))
-        compatible.write_text(yaml.safe_dump({**recipe, "compat": "mergekit"}))
-        ours = ["merge", str(compatible), str(out), "--threads", str(THREADS)]
+        files = {name: folder / f"{name}.yaml" for name in ("theirs", "ours", "compat")}
+        files["theirs"].write_text(yaml.safe_dump(recipe_for(method, folder)))
+        files["ours"].write_text(yaml.safe_dump(our_recipe(method, folder)))
+        files["compat"].write_text(yaml.safe_dump({**recipe_for(method, folder), "compat": "mergekit"}))
+        ours = ["merge", str(files["ours"]), str(out), "--threads", str(THREADS)]
         commands = {
             "ours": [str(OURS), *ours, "--no-fsync"],
             "inside": [sys.executable, str(our_code), *ours[1:], "--no-fsync"],
             "flushed": [str(OURS), *ours],
         }
+        if method != GLOBAL_TIES:
+            commands["compat"] = [sys.executable, str(our_code), str(files["compat"]), *ours[2:], "--no-fsync"]
         if not options.ours_only and method != GLOBAL_TIES:
-            commands["peer"] = [str(PEER), str(peer_code), str(file), str(out), str(THREADS)]
+            commands["peer"] = [str(PEER), str(peer_code), str(files["theirs"]), str(out), str(THREADS)]
         found: dict[str, list] = {name: [] for name in [*commands, "copy"]}
         names = MEMBERS if method == "linear" else ("base", *MEMBERS)
         for _ in range(options.repeats):
@@ -218,6 +233,8 @@ def line(method: str, row: dict[str, list[float]]) -> str:
     ours, inside, copy = row["ours"][0], row["inside"][1], row["copy"][0]
     text = f"{method}: ours {ours:.2f} s whole, {inside:.2f} inside, {row['flushed'][0]:.2f} flushed, copy {copy:.2f}"
     text += f" (inside/copy {inside / copy:.2f}), {row['ours'][2]:.0f} MB"
+    if "compat" in row:
+        text += f"; compat {row['compat'][1]:.2f} inside"
     if "peer" in row:
         whole, within, memory = row["peer"]
         text += f"; mergekit {whole:.2f} s whole, {within:.2f} inside, {memory:.0f} MB"
@@ -230,17 +247,18 @@ def line(method: str, row: dict[str, list[float]]) -> str:
 def table(rows: dict[str, dict[str, list[float]]]) -> str:
     """The figures as markdown."""
     lines = [
-        "| method | whole, s: mergekit / ours | ratio | flushed | inside, s: mergekit / ours | ratio | copy, s | MB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | whole, s: mergekit / ours | ratio | flushed | inside, s: mergekit / ours | ratio | compat | copy | MB |",  # noqa: E501
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for method, row in rows.items():
         ours, inside, peer = row["ours"], row["inside"], row.get("peer")
         theirs = [f"{peer[0]:.1f} / ", f"{peer[1]:.1f} / ", f"{peer[2]:.0f} / "] if peer else ["", "", ""]
         ratios = [peer[0] / ours[0], peer[0] / row["flushed"][0], peer[1] / inside[1]] if peer else []
-        shown = [f"{ratio:.1f}" for ratio in ratios] or ["", "", ""]
+        ratios += [peer[1] / row["compat"][1]] if peer else []
+        shown = [f"{ratio:.1f}" for ratio in ratios] or [""] * 4
         lines.append(
             f"| {method} | {theirs[0]}{ours[0]:.2f} | {shown[0]} | {shown[1]} | {theirs[1]}{inside[1]:.2f} "
-            f"| {shown[2]} | {row['copy'][0]:.2f} | {theirs[2]}{ours[2]:.0f} |"
+            f"| {shown[2]} | {shown[3]} | {row['copy'][0]:.2f} | {theirs[2]}{ours[2]:.0f} |"
         )
     return "\n".join(lines)
 

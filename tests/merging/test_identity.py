@@ -37,10 +37,12 @@ def weights(folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize("method", list_merge_methods())
-def test_chunks_threads_and_shards_change_no_byte(method, inputs, references, tmp_path):
+def test_chunks_threads_copies_and_shards_change_no_byte(method, inputs, references, tmp_path):
     recipe = recipe_for(method, inputs)
     merge(recipe, tmp_path / "small", threads=2, chunk_size=1, fsync=False, progress=False)
     assert weights(tmp_path / "small") == weights(references / method)
+    merge(recipe, tmp_path / "copies", threads=3, processes=True, chunk_size=BLOCK, fsync=False, progress=False)
+    assert weights(tmp_path / "copies") == weights(references / method)
     merge(recipe, tmp_path / "sharded", threads=2, max_shard_size="150KB", fsync=False, progress=False)
     with open_source(references / method) as expected, open_source(tmp_path / "sharded") as found:
         assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2 and set(found) == set(expected)

@@ -62,6 +62,7 @@ def merge(
         allow_nonfinite=allow_nonfinite,
         fsync=not no_fsync,
         threads=threads,
+        processes=True,
         max_memory=max_memory,
         max_shard_size=max_shard_size,
         device=device,

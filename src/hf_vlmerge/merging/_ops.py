@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .program import BLOCK
-from .registry import Chunk, Counts, MergeError, Program, WholeModel
+from .registry import Chunk, Counts, MergeError, Program, Sample, WholeModel
 
 Scope = Literal["tensor", "global"]
 Values = Callable[[Chunk], Tensor]  # what a program asks about: (rows, n), for example one row a member
@@ -114,7 +114,7 @@ def products(x: Tensor, dim: int | None = None) -> Tensor:
 # Order statistics of magnitudes, exactly
 
 INFINITY = 0x7F800000  # as the bits of a float32; the bits of non-negative values are ordered like the values
-BINS = 1 << 12
+BINS = 1 << 16
 OCTAVE, FIRST, SAMPLED = 8, 99 << 8, 1 << 13  # bins an octave as a power of two; 32 octaves from 2^-28 on
 COUNTED = 1 << 18  # elements of one member that are counted at once
 RUN, EVERY = 256, 4096  # entries of a sample: so many of every so many
@@ -169,15 +169,17 @@ def kth_largest(
     above a bracket and what falls into each of its bins, and narrow it to one bin, until it holds one bit pattern. A
     bracket that misses is found out by its own counts, so the sample can cost a pass, never the result.
     """
-    ask = (lambda reduce: WholeModel(Counts(reduce))) if scope == "global" else Counts
+    ask = WholeModel if scope == "global" else (lambda request: request)
     flat = (lambda c: c) if rows else flattened
-    counts, sizes = yield ask(lambda c: sample(values, flat(c)))
+    counts, sizes = yield ask(Sample(lambda c: sample(values, flat(c))))
     brackets = [
         [first_bracket(row, size, rank) for rank in ranks(i, size)]
         for i, (row, size) in enumerate(zip(counts.numpy(), sizes.tolist(), strict=True))
     ]
     while any(b.low < b.high for row in brackets for b in row):
-        (found,) = yield ask(lambda c: (sum(count(values(p), brackets) for p in pieces(flat(c), COUNTED)),))  # noqa: B023
+        (found,) = yield ask(
+            Counts(lambda c: (sum(count(values(p), brackets) for p in pieces(flat(c), COUNTED)),))  # noqa: B023
+        )
         brackets = [
             [narrowed(b, n) for b, n in zip(row, counted, strict=True)]
             for row, counted in zip(brackets, found.numpy(), strict=True)
@@ -202,7 +204,8 @@ def sample(values: Values, c: Chunk) -> tuple[Tensor, Tensor]:
         c = replace(c, x=runs(c.x).flatten(1), base=None if c.base is None else runs(c.base).flatten())
     bins = (bit_patterns(values(c)) >> (23 - OCTAVE)).sub_(FIRST).clamp_(0, SAMPLED - 1)
     counts = torch.stack([torch.bincount(row, minlength=SAMPLED) for row in bins])
-    return counts, torch.full((len(bins),), size)
+    whole = 0 if c.start else c.size  # told once a tensor, by the chunk that is always there
+    return counts, torch.full((len(bins),), whole if c.size else size)
 
 
 def bit_patterns(values: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import forks
 from .adapters import merge_adapter_tensors, merge_adapters
 from .carrying import files_source, merged_config, verify, write_files
 from .errors import MergeError
@@ -26,7 +27,7 @@ from .making import Maker, Sink, job_of, memory_of, output_of
 from .manifest import Manifest, fingerprint, unfinished
 from .planning import open_sources, plan
 from .program import single_thread
-from .ranks import ALONE, Ranks, shares
+from .ranks import ALONE, Ranks, Team, shares
 from .recipe import Recipe
 from .report import MergeReport, describe
 from .streaming import CHUNK_SIZE, Job, Reader, settle_whole_model
@@ -45,6 +46,7 @@ def merge(
     allow_nonfinite: bool = False,
     fsync: bool = True,
     threads: int | None = None,
+    processes: bool = False,
     max_memory: int | str | None = None,
     device: str = "cpu",
     distributed: bool = False,
@@ -59,7 +61,8 @@ def merge(
     card). overwrite: replace an existing folder, by renaming at the very end. dry_run: write nothing; the report is the
     plan, ``output`` may be None. allow_nonfinite: accept NaN and Inf in inputs. fsync: flush to disk before the rename.
 
-    threads: workers (default: the cores, or OMP_NUM_THREADS). max_memory: of chunks and matrices in use at once, as
+    threads: workers (default: the cores, or OMP_NUM_THREADS). processes: make them copies of this process, which are
+    faster; for programs without threads of their own, on Linux. max_memory: of chunks and matrices in use at once, as
     "2GB", beside what Python and torch take. device: where chunks are merged, as "cuda". distributed: all processes
     that a launcher started call this and share the work. chunk_size: elements of one member in memory at a time.
     max_shard_size: of a weight file, as "5GB". None of these changes a bit (another device may, in the last place).
@@ -95,16 +98,16 @@ def merge(
             SafetensorsSink(folder, specs, max_shard_size=shard_size).close()  # headers, and each file at its length
             return folder
 
-        def make_share(folder: Path) -> Manifest:
+        def make_share(folder: Path, team: Team, threads: int) -> Manifest:
             with (
-                Manifest(folder, ranks.index) as manifest,
+                Manifest(folder, team.index) as manifest,
                 SafetensorsSink(folder, specs, max_shard_size=shard_size) as sink,
                 Workers(threads, limit, device) as workers,
             ):
-                ranks.exchange(None)  # everybody has read what is finished before anybody adds to it
-                own = share(jobs, specs, shard_size, ranks)
-                Run(jobs, own, reader, sink, workers, manifest, ranks, progress).make()
-                if fsync and ranks.count > 1:
+                team.exchange(None)  # everybody has read what is finished before anybody adds to it
+                own = share(jobs, specs, shard_size, team)
+                Run(jobs, own, reader, sink, workers, manifest, team, progress).make()
+                if fsync and team.machines > 1:
                     sink.flush()
                 return manifest
 
@@ -115,7 +118,10 @@ def merge(
                 finish(folder, report)
 
         folder = ranks.on_first(prepare)
-        manifests = ranks.together(lambda: make_share(folder))
+        if processes and threads > 1 and ranks.count == 1 and device == "cpu" and forks.can_fork():
+            manifests = forks.together(threads, lambda team: make_share(folder, team, 1))
+        else:
+            manifests = ranks.together(lambda: make_share(folder, ranks, threads))
         how = {name: how for manifest in manifests for name, how in manifest.done.items()}
         report.how = {g.output: how[g.output] for g in groups}
         report.resumed = manifests[0].resumed
@@ -167,12 +173,12 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
-def share(jobs: list, specs: Mapping[str, Spec], shard_size: int, ranks: Ranks) -> set[str]:
+def share(jobs: list, specs: Mapping[str, Spec], shard_size: int, team: Team) -> set[str]:
     """The outputs that this process makes. Processes of one machine share tensors; several machines share files, since
     a network file system does not promise that two may write one file."""
-    units = split_shards(specs, shard_size) if ranks.machines > 1 else [[name] for name in specs]
+    units = split_shards(specs, shard_size) if team.machines > 1 else [[name] for name in specs]
     sizes = {output_of(job).output: memory_of(job, 1 << 62) for job in jobs}
-    return set(shares(units, sizes.__getitem__, ranks.count)[ranks.index])
+    return set(shares(units, sizes.__getitem__, team.count)[team.index])
 
 
 @dataclass
@@ -185,7 +191,7 @@ class Run:
     sink: Sink
     workers: Workers
     manifest: Manifest | None = None
-    ranks: Ranks = ALONE
+    team: Team = ALONE
     progress: bool = True
 
     def make(self) -> None:
@@ -222,12 +228,12 @@ class Run:
         wanted = {kin(job) for job in methods if job.group.output not in done}
         settle_whole_model(
             [job for job in methods if kin(job) in wanted],
-            lambda job: self.reader.chunks(job.group, job.method.unit),
+            lambda job: self.reader.reads(job.group, job.method.unit),
             kin,
             mine=lambda job: job.group.output in self.own,
             run=self.workers.map,
-            exchange=self.ranks.exchange,
+            exchange=self.team.exchange,
         )
 
     def disabled(self) -> bool:
-        return not (self.progress and self.ranks.first)
+        return not (self.progress and self.team.first)

@@ -19,6 +19,7 @@ from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 BLOCK = 1 << 16  # elements; sums run over blocks of this size in flat order, whatever the chunk size
+SAMPLED_CHUNKS = 16
 
 Unit = Literal["element", "row", "tensor"]
 
@@ -47,7 +48,8 @@ class Chunk:
 
     Shapes: ``x`` is (members, n) for unit "element", (members, rows, columns) for "row", (members, *shape) for
     "tensor"; ``base`` the same without the first axis; ``weights`` (members,) float64. ``statistics`` and ``tokens``
-    (the number of input rows behind each statistic) come in member order. ``start`` is the first element's flat index.
+    (the number of input rows behind each statistic) come in member order. ``start`` is the first element's flat index,
+    ``size`` the number of elements of the whole tensor (0: there are no others).
     """
 
     x: Tensor
@@ -59,6 +61,7 @@ class Chunk:
     name: str = ""
     start: int = 0
     seed: int = 0
+    size: int = 0
 
     def deltas(self) -> Tensor:
         """Task vectors (modality vectors): members minus base, shaped like ``x``."""
@@ -98,6 +101,12 @@ class Counts(NamedTuple):
     reduce: Reduce
 
 
+class Sample(NamedTuple):
+    """Counts for which some chunks of a large tensor will do; the first one is always among them."""
+
+    reduce: Reduce
+
+
 class WholeModel(NamedTuple):
     """A reduction summed over all tensors of the model that share the method and its parameters.
 
@@ -105,10 +114,10 @@ class WholeModel(NamedTuple):
     A program asks for these before its reductions over one tensor.
     """
 
-    reduce: Reduce | Counts
+    reduce: Reduce | Counts | Sample
 
 
-Request = Reduce | Counts | WholeModel
+Request = Reduce | Counts | Sample | WholeModel
 Read = Callable[[], Chunk]  # reads a chunk when it is called, so that the one who computes also reads
 Program = Generator[Request, tuple[Tensor, ...], Any]  # returns what the method makes of it: a function of a chunk
 
@@ -157,20 +166,30 @@ def complete(
 
 
 def total(
-    request: Reduce | Counts, chunks: Iterable[Chunk | Read], unit: Unit, *, run: Callable[..., Iterable] = map
+    request: Reduce | Counts | Sample,
+    chunks: Iterable[Chunk | Read],
+    unit: Unit,
+    *,
+    run: Callable[..., Iterable] = map,
 ) -> tuple[Tensor, ...]:
     """Sum a reduction over all blocks of all chunks, in flat order. ``run`` must keep the order of its results."""
     sums: tuple[Tensor, ...] | None = None
+    if isinstance(request, Sample) and isinstance(chunks, list):
+        chunks = chunks[:: max(1, len(chunks) // SAMPLED_CHUNKS)]
     for parts in run(partial(partial_sums, request, unit), chunks):
         for part in parts:
-            sums = part if sums is None else tuple(a + b for a, b in zip(sums, part, strict=True))
+            if sums is None:
+                sums = tuple(p.clone() for p in part)
+                continue
+            for value, more in zip(sums, part, strict=True):
+                value += more
     return sums or ()
 
 
-def partial_sums(request: Reduce | Counts, unit: Unit, chunk: Chunk | Read) -> list[tuple[Tensor, ...]]:
+def partial_sums(request: Reduce | Counts | Sample, unit: Unit, chunk: Chunk | Read) -> list[tuple[Tensor, ...]]:
     """What a reduction makes of one chunk: a part a block, or one part of a whole chunk where order does not matter."""
     chunk = chunk if isinstance(chunk, Chunk) else chunk()
-    exact = isinstance(request, Counts)
+    exact = isinstance(request, Counts | Sample)
     reduce = request.reduce if exact else request
     parts = [tuple(p.cpu() for p in reduce(block)) for block in ([chunk] if exact else blocks(chunk, unit))]
     allowed = (torch.int64,) if exact else (torch.int64, torch.float64)

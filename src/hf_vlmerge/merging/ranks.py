@@ -7,11 +7,25 @@ Results travel as Python objects over gloo between processes of one job.
 import atexit
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from .errors import MergeError
 
 T = TypeVar("T")
+
+
+class Team(Protocol):
+    """This process among ``count`` on ``machines`` machines, that share one piece of work."""
+
+    index: int
+    count: int
+    machines: int
+
+    @property
+    def first(self) -> bool: ...
+
+    def exchange(self, value: T) -> list[T]:
+        """Everybody's value, in the order of the processes."""
 
 
 class Ranks(NamedTuple):
@@ -42,7 +56,6 @@ class Ranks(NamedTuple):
         return self.index == 0
 
     def exchange(self, value: T) -> list[T]:
-        """Everybody's value, in the order of the ranks."""
         if self.count == 1:
             return [value]
         import torch.distributed as dist

@@ -17,7 +17,20 @@ import torch
 from torch import Tensor
 
 from .errors import MergeError, nearest
-from .program import Chunk, Counts, Program, Reduce, Unit, WholeModel, begin, complete, shape_for, single_thread, total
+from .program import (
+    Chunk,
+    Counts,
+    Program,
+    Reduce,
+    Sample,
+    Unit,
+    WholeModel,
+    begin,
+    complete,
+    shape_for,
+    single_thread,
+    total,
+)
 
 __all__ = [
     "Chunk",
@@ -26,6 +39,7 @@ __all__ = [
     "PerMember",
     "Program",
     "Reduce",
+    "Sample",
     "WholeModel",
     "distance_metric",
     "merge_method",

@@ -88,6 +88,7 @@ class Reader:
             name=group.output,
             start=start,
             seed=self.seed,
+            size=prod(group.shape),
         )
 
     def statistic(self, ref: Ref | None, shape: tuple[int, ...], unit: Unit, start: int, stop: int) -> Tensor | None:
@@ -137,7 +138,7 @@ class Job:
         self.step = begin(self.program)
 
 
-Chunks = Callable[[Job], Iterable[Chunk]]
+Chunks = Callable[[Job], Iterable[Chunk | Read]]
 Exchange = Callable[[Any], list[Any]]  # hands a value to all processes, returns everybody's
 
 
