@@ -5,6 +5,8 @@ VENV := .venv
 READY := $(VENV)/.ready
 PEER := .venv-peer
 PEER_READY := $(PEER)/.ready
+FUSION := .venv-fusion
+FUSION_READY := $(FUSION)/.ready
 CORES := $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: setup demo demo-quick demo-seeds test test-slow peer peer-goldens lint
@@ -35,16 +37,22 @@ test: $(READY)
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m "" --timeout 3600
 
-# The tools that benchmarks and recorded results compare with have an environment of their own.
-peer: $(PEER_READY)
+# The tools that benchmarks and recorded results compare with have environments of their own.
+peer: $(PEER_READY) $(FUSION_READY)
 
 $(PEER_READY): constraints.txt
 	test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
 	$(PEER)/bin/python -m pip install --quiet -c constraints.txt "mergekit==0.1.5"
 	touch $@
 
-peer-goldens: $(PEER_READY)
+$(FUSION_READY): constraints.txt
+	test -x $(FUSION)/bin/python || $(PYTHON) -m venv $(FUSION)
+	$(FUSION)/bin/python -m pip install --quiet -c constraints.txt "fusion_bench==0.2.33"
+	touch $@
+
+peer-goldens: $(PEER_READY) $(FUSION_READY)
 	OMP_NUM_THREADS=1 $(PEER)/bin/python tests/peer/record.py tests/golden
+	OMP_NUM_THREADS=1 $(FUSION)/bin/python tests/peer/record_fusion.py tests/golden
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -146,12 +146,6 @@ def test_an_optimiser_starts_where_the_recipe_stands_and_keeps_its_budget():
     assert report.trials[0].settings == {"parameters.scale": 0.8} and len(report.trials) == 5
 
 
-def test_without_scipy_a_sentence_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(MergeError, match=r"nelder-mead needs SciPy: pip install 'hf_vlmerge\[search\]'"):
-        search(nearness(0, 0, 0), optimiser="nelder-mead", bounds={"parameters.scale": (0, 1)})
-
-
 def test_candidates_that_fail_have_no_score_and_say_why():
     def objective(tensors):
         value = tensors["layers.0.w"][0, 0].item()

@@ -261,10 +261,8 @@ class Spent(Exception):
 
 def minimise_by(name: str, cost: Callable[[Sequence[float]], float], start: list[float], seed: int) -> None:
     """Let SciPy look for the minimum in the unit cube until it is content or the budget is spent."""
-    try:
-        from scipy import optimize
-    except ImportError:
-        raise MergeError(f"{name} needs SciPy: pip install 'hf_vlmerge[search]'") from None
+    from scipy import optimize
+
     count = len(start)
     try:
         if name == "nelder-mead":

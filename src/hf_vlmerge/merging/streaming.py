@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from math import prod
 from threading import Lock
 from typing import Any
@@ -163,8 +163,9 @@ def settle_whole_model(
         for _ in run(partial(sums.add_job, kin, chunks), own):
             pass
         merged = ModelSums.joined(exchange(sums.rows))
+        totals = cache(merged.of)  # one memory for all who are told the same
         for job in waiting:
-            job.step = resume(job.program, merged.of(kin(job), job.group.members))
+            job.step = resume(job.program, totals(kin(job), job.group.members))
 
 
 def job_total(job: Job, chunks: Chunks) -> tuple[Tensor, ...]:
