@@ -238,8 +238,12 @@ class UnivalImageCodes(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, nn.Conv2d):
-            init.kaiming_uniform_(module.weight, a=5**0.5)
+        if isinstance(module, nn.Conv2d):  # variance is kept: norms would raise what a smaller gain leaves of biases
+            init.kaiming_normal_(module.weight, nonlinearity="linear")
+        elif isinstance(module, UnivalCodesBlock):  # near the identity at first
+            init.normal_(module.conv2.weight, std=0.1 * (9 * module.conv2.in_channels) ** -0.5)
+        elif isinstance(module, UnivalCodesAttention):
+            init.normal_(module.proj_out.weight, std=0.1 * module.proj_out.in_channels**-0.5)
 
     def scores(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
