@@ -1,8 +1,6 @@
 """Image codes: the VQ-GAN against an independent one, its training, its conversion, and images out of `generate`."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from hf_vlmerge.data.shapes.render import RGB, centre_and_radius
 from hf_vlmerge.models.unival.image_codes_unival import UnivalImageCodes, UnivalImageCodesConfig
 from hf_vlmerge.models.unival.modeling_unival import UnivalForConditionalGeneration
 from tests.models.unival.tiny import tiny_batch, tiny_model
+from tests.test_auto import run
 
 SMALL = {"num_codes": 16, "code_width": 12, "latent_channels": 10, "base_channels": 32, "blocks_per_level": 1}
 
@@ -138,6 +137,16 @@ def save_taming(model: UnivalImageCodes, path) -> None:
     torch.save({"epoch": 3, "global_step": 9, "state_dict": state}, path)
 
 
+REMOTE = """
+import sys, torch
+sys.modules["hf_vlmerge"] = None
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+with torch.no_grad():
+    print(type(model).__name__, model.decode(torch.zeros(1, 4, dtype=torch.long)).double().sum().item())
+"""
+
+
 def test_a_checkpoint_of_the_original_is_converted(tmp_path, capsys):
     model = small(attention_levels=[2, 3], blocks_per_level=2)
     save_taming(model, tmp_path / "x.ckpt")
@@ -150,13 +159,10 @@ def test_a_checkpoint_of_the_original_is_converted(tmp_path, capsys):
         assert torch.equal(loaded.state_dict()[key], tensor.half().float()), key
     sizes = {key: value for key, value in model.config.to_dict().items() if key in SMALL or "level" in key}
     assert {key: getattr(loaded.config, key) for key in sizes} == sizes
-    code = "import sys, torch; sys.modules['hf_vlmerge'] = None; from transformers import AutoModel; "
-    code += "m = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True); "
-    code += "print(type(m).__name__, m.decode(torch.zeros(1, 4, dtype=torch.long)).double().sum().item())"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "ours")], capture_output=True, text=True)
+    remote = run(REMOTE, str(tmp_path / "ours"))  # without this package
     with torch.no_grad():
-        expected = loaded.eval().decode(torch.zeros(1, 4, dtype=torch.long)).double().sum().item()
-    assert done.stdout.split()[:2] == ["UnivalImageCodes", str(expected)], done.stderr
+        images = loaded.eval().decode(torch.zeros(1, 4, dtype=torch.long))
+    assert remote.split() == ["UnivalImageCodes", str(images.double().sum().item())]
 
 
 @pytest.mark.parametrize(
