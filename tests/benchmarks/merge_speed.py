@@ -6,7 +6,7 @@ Run: `make peer && .venv/bin/python -m tests.benchmarks.merge_speed [--size 1b] 
 Both tools run the same recipe on the same Llama-shaped bfloat16 checkpoints (a base and three copies with small noise),
 two threads, warm page cache, in turn. "whole" is the time of the process from its start to its end, "inside" that of
 the merge alone, after the imports. Memory is the largest sum of anonymous memory (Pss_Anon) over all its processes that
-was seen. Ours runs without the flush to disk, as mergekit does, and once more with it; TIES is trimmed tensor by tensor,
+was seen. Ours runs without the flush to disk, as mergekit does, and once more with it; TIES is trimmed by tensors,
 as there. Otherwise each tool computes its own variant of a formula; "compat" is ours with `compat: mergekit`, whose L1
 factors take a pass more.
 """

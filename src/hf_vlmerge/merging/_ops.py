@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .program import BLOCK
-from .registry import Chunk, Counts, MergeError, Program, Sample, WholeModel
+from .registry import Chunk, Counts, Gather, MergeError, Program, Sample, WholeModel
 
 Scope = Literal["tensor", "global"]
 Values = Callable[[Chunk], Tensor]  # what a program asks about: (rows, n), for example one row a member
@@ -117,6 +117,7 @@ INFINITY = 0x7F800000  # as the bits of a float32; the bits of non-negative valu
 BINS = 1 << 16
 OCTAVE, FIRST, SAMPLED = 8, 99 << 8, 1 << 13  # bins an octave as a power of two; 32 octaves from 2^-28 on
 COUNTED = 1 << 18  # elements of one member that are counted at once
+SELECTED = 5_000_000  # entries of a member: up to here they are joined and sorted in part
 RUN, EVERY = 256, 4096  # entries of a sample: so many of every so many
 
 
@@ -165,12 +166,16 @@ def kth_largest(
     ``ranks(row, entries)`` names the ranks that are wanted of a row, 1 for the largest; for rank 0 the answer is
     infinity. ``rows``: a value depends on its whole row, not on its own entry alone.
 
-    A sample of the entries (of rows: all) gives a bracket for each rank. Passes over all entries then count what lies
-    above a bracket and what falls into each of its bins, and narrow it to one bin, until it holds one bit pattern. A
-    bracket that misses is found out by its own counts, so the sample can cost a pass, never the result.
+    A small tensor is sorted in part. Of others, and of whole models, a sample of the entries (of rows: all) gives a
+    bracket for each rank. Passes over all entries then count what lies above a bracket and what falls into each of its
+    bins, and narrow it to one bin, until it holds one bit pattern. A bracket that misses is found out by its own
+    counts, so the sample can cost a pass, never the result.
     """
     ask = WholeModel if scope == "global" else (lambda request: request)
     flat = (lambda c: c) if rows else flattened
+    if scope == "tensor" and 0 < (yield Sample(size_of))[0] <= SELECTED:
+        entries = yield Gather(lambda c: values(flat(c)).flatten(1))
+        return torch.tensor([selected(row.cpu().numpy(), ranks(i, len(row))) for i, row in enumerate(entries)])
     counts, sizes = yield ask(Sample(lambda c: sample(values, flat(c))))
     brackets = [
         [first_bracket(row, size, rank) for rank in ranks(i, size)]
@@ -185,6 +190,22 @@ def kth_largest(
             for row, counted in zip(brackets, found.numpy(), strict=True)
         ]
     return torch.tensor([[b.low for b in row] for row in brackets], dtype=torch.int32).view(torch.float32)
+
+
+def size_of(c: Chunk) -> tuple[Tensor]:
+    """Reduction: entries of a member in the whole tensor, told by its first chunk, or by each of a tensor in memory."""
+    return (torch.tensor((0 if c.start else c.size) if c.size else c.x[0].numel()),)
+
+
+def selected(row: np.ndarray, ranks: list[int]) -> list[float]:
+    """The values of these ranks, by partial sorting in place; infinity for rank 0. One rank at a time: NumPy is many
+    times faster at that."""
+    found = []
+    for rank in ranks:
+        if rank:
+            row.partition(len(row) - rank)
+        found.append(float(row[len(row) - rank]) if rank else float("inf"))
+    return found
 
 
 def flattened(c: Chunk) -> Chunk:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from inspect import isgenerator
 from math import prod
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import MergeError
-from .groups import COPY, MergeGroup, Ref
+from .groups import COPY, MergeGroup, Ref, Sources
 from .program import BLOCK, Chunk, Read, complete, shape_for
 from .registry import get_merge_method
 from .streaming import Job, Reader
@@ -50,13 +50,16 @@ class Maker:
         if self.keeps_equal(job):
             self.copy(group)
             return "equal"
-        reads = self.reader.reads(group, unit)
-        if is_held(job):
-            reads = [cache(read) for read in reads]
+        reader = replace(self.reader, held={}) if self.is_held(job) else self.reader
+        reads = reader.reads(group, unit)
         merge = complete(job.program, job.step, lambda: reads, unit, run=run)
         for _ in run(partial(self.merge_chunk, group, merge), reads):
             pass
         return "merged"
+
+    def is_held(self, job: Job) -> bool:
+        """Whether a tensor is small enough to stay in memory between its passes."""
+        return has_passes(job) and bytes_of(job.group, self.reader.sources) <= HELD
 
     def merge_chunk(self, group: MergeGroup, merge: Callable[[Chunk], Tensor], read: Read) -> None:
         chunk = read()
@@ -130,10 +133,10 @@ def has_passes(job: Job | MergeGroup) -> bool:
     return isinstance(job, Job) and isgenerator(job.program)
 
 
-def is_held(job: Job | MergeGroup) -> bool:
-    """Whether a tensor is small enough to stay in memory between its passes."""
-    group = output_of(job)
-    return has_passes(job) and prod(group.shape) * input_count(group) * FLOAT <= HELD
+def bytes_of(group: MergeGroup, sources: Sources) -> int:
+    """Bytes of a group's inputs as they are stored."""
+    refs = (*group.inputs, *((group.base,) if group.base else ()))
+    return prod(group.shape) * sum(sources[r.source].dtype(r.key).itemsize for r in refs)
 
 
 def memory_of(job: Job | MergeGroup, chunk_size: int) -> int:
@@ -148,4 +151,5 @@ def memory_of(job: Job | MergeGroup, chunk_size: int) -> int:
         return FLOAT * numel * (2 * inputs + 1) + 2 * FLOAT * (5 * numel + 4 * columns * columns)
     block = max(BLOCK, chunk_size, shape_for(unit, group.shape)[-1] if unit == "row" else 0)
     chunks = FLOAT * min(block, numel) * (3 * inputs + 2)
-    return chunks + (FLOAT * numel * inputs if is_held(job) else 0)
+    held = FLOAT * numel * inputs
+    return chunks + (2 * held if has_passes(job) and held <= HELD else 0)

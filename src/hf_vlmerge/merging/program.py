@@ -107,6 +107,12 @@ class Sample(NamedTuple):
     reduce: Reduce
 
 
+class Gather(NamedTuple):
+    """Not a sum: what a function of a chunk returns, (rows, n), joined over a tensor, row by row. For small tensors."""
+
+    values: Callable[[Chunk], Tensor]
+
+
 class WholeModel(NamedTuple):
     """A reduction summed over all tensors of the model that share the method and its parameters.
 
@@ -117,7 +123,7 @@ class WholeModel(NamedTuple):
     reduce: Reduce | Counts | Sample
 
 
-Request = Reduce | Counts | Sample | WholeModel
+Request = Reduce | Counts | Sample | Gather | WholeModel
 Read = Callable[[], Chunk]  # reads a chunk when it is called, so that the one who computes also reads
 Program = Generator[Request, tuple[Tensor, ...], Any]  # returns what the method makes of it: a function of a chunk
 
@@ -166,7 +172,7 @@ def complete(
 
 
 def total(
-    request: Reduce | Counts | Sample,
+    request: Reduce | Counts | Sample | Gather,
     chunks: Iterable[Chunk | Read],
     unit: Unit,
     *,
@@ -174,6 +180,9 @@ def total(
 ) -> tuple[Tensor, ...]:
     """Sum a reduction over all blocks of all chunks, in flat order. ``run`` must keep the order of its results."""
     sums: tuple[Tensor, ...] | None = None
+    if isinstance(request, Gather):
+        parts = [request.values(c if isinstance(c, Chunk) else c()) for c in chunks]
+        return tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
     if isinstance(request, Sample) and isinstance(chunks, list):
         chunks = chunks[:: max(1, len(chunks) // SAMPLED_CHUNKS)]
     for parts in run(partial(partial_sums, request, unit), chunks):

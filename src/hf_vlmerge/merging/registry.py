@@ -20,6 +20,7 @@ from .errors import MergeError, nearest
 from .program import (
     Chunk,
     Counts,
+    Gather,
     Program,
     Reduce,
     Sample,
@@ -35,6 +36,7 @@ from .program import (
 __all__ = [
     "Chunk",
     "Counts",
+    "Gather",
     "MergeError",
     "PerMember",
     "Program",

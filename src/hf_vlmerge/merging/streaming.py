@@ -30,6 +30,7 @@ class Reader:
     allow_nonfinite: bool = False
     seed: int = 0
     device: str = "cpu"
+    held: dict[tuple, Tensor] | None = None  # runs that were read, where they are read again
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
@@ -37,7 +38,12 @@ class Reader:
 
     def stored(self, ref: Ref, start: int, stop: int) -> Tensor:
         """A run of one input in its own dtype, as it is."""
-        return self.sources[ref.source].read(ref.key, start, stop)
+        if self.held is None:
+            return self.sources[ref.source].read(ref.key, start, stop)
+        place = (*ref, start, stop)
+        if place not in self.held:
+            self.held[place] = self.sources[ref.source].read(ref.key, start, stop)
+        return self.held[place]
 
     def fill(self, place: Tensor, ref: Ref, start: int, stop: int) -> None:
         """Read a run of one input into a float32 place of any shape."""
