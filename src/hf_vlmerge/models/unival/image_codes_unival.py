@@ -305,7 +305,7 @@ class UnivalImageCodes(PreTrainedModel):
         Reconstruction and its loss: the mean squared error and the divergence of the codes from using all alike. The
         adversarial and perceptual terms of the paper need networks of their own and are left to a trainer.
 
-        In training, codes are drawn from a Gumbel softmax at `temperature` (anneal it towards 0).
+        In training, codes are drawn, and gradients are those of a Gumbel softmax at `temperature` (anneal it).
 
         Shapes:
             pixel_values (B, 3, H, W) in [-1, 1] -> `UnivalImageCodesOutput`
@@ -313,7 +313,7 @@ class UnivalImageCodes(PreTrainedModel):
         scores = self.scores(pixel_values)
         codes = scores.argmax(dim=1)
         if self.training:
-            chosen = nn.functional.gumbel_softmax(scores, tau=temperature, dim=1, hard=False)
+            chosen = nn.functional.gumbel_softmax(scores, tau=temperature, dim=1, hard=True)
             embedded = torch.einsum("bkhw,ke->behw", chosen, self.code_book.weight)
         else:
             embedded = self.code_book(codes).permute(0, 3, 1, 2)
