@@ -100,7 +100,8 @@ def refresh_batch_norm(model: torch.nn.Module, mixture: Mixture, collator: Colla
         norm.train()
     examples = iter(mixture)
     for _ in range(batches):
-        model.get_encoder()(**collator([next(examples) for _ in range(mixture.batch_size)]))
+        batch = collator([next(examples) for _ in range(mixture.batch_size)])
+        model.get_encoder()(**batch.to(model.device))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
@@ -117,20 +118,21 @@ def score(
 ) -> np.ndarray:
     """Right (1) or wrong (0), or CIDEr-D, of every validation example: (examples,)"""
     collator = Collator(processor, with_targets=False)
-    batches = [validation[start : start + batch_size] for start in range(0, len(validation), batch_size)]
+    starts = range(0, len(validation), batch_size)
+    batches = (collator(validation[start : start + batch_size]).to(model.device) for start in starts)
     if task.kind == "answers":
         answers = sorted({example.targets[0] for example in train})
         trie = processor.answer_trie(answers)
-        best = [model.score_candidates(collator(batch), trie, rows_per_step=1024).argmax(dim=1) for batch in batches]
+        best = [model.score_candidates(batch, trie, rows_per_step=1024).argmax(dim=1) for batch in batches]
         said = [answers[i] for i in torch.cat(best).tolist()]
         return np.array([answer == example.targets[0] for answer, example in zip(said, validation, strict=True)], float)
     if task.kind == "captions":
-        sequences = [model.generate(**collator(batch), max_new_tokens=MAX_CAPTION_TOKENS) for batch in batches]
+        sequences = [model.generate(**batch, max_new_tokens=MAX_CAPTION_TOKENS) for batch in batches]
         said = [text.strip() for each in sequences for text in processor.batch_decode(each, skip_special_tokens=True)]
         return caption_scores(said, [example.targets for example in validation])
     first = processor.tokenizer.convert_tokens_to_ids("<bin_0>")
     options = {"token_range": (first, len(processor.tokenizer)), "min_new_tokens": 4, "max_new_tokens": 5}
-    sequences = [model.generate(**collator(batch), **options) for batch in batches]
+    sequences = [model.generate(**batch, **options) for batch in batches]
     side = processor.grounding_size
     boxes = [processor.post_process_grounding(each, [(side, side)] * len(each)) for each in sequences]
     return hits(torch.cat(boxes).numpy(), np.array([example.box for example in validation]))

@@ -16,6 +16,8 @@ import yaml
 from PIL import Image
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
+from hf_vlmerge.models.unival.prompts_unival import fields_of
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "training_scripts"
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 QUESTION = {"media": "image", "prompt": "question_answering", "text": "questions", "target": "answers"}
@@ -173,3 +175,13 @@ def test_statistics_are_those_of_the_final_weights(script, corpus):
     torch.testing.assert_close(tower.bn1.running_mean, features.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(tower.bn1.running_var, features.var(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert not any(module.training for module in model.modules()) and tower.bn1.momentum == 0.1
+
+
+def test_the_settings_of_the_repository_fit_together(script):
+    settings = yaml.safe_load((SCRIPTS / "settings" / "unival.yaml").read_text())
+    tasks = {name: script.Task(**task) for name, task in settings["tasks"].items()}
+    fields = {"answers": ["question"], "captions": [], "boxes": ["text"]}
+    assert all(fields_of(task.prompt) == fields[task.kind] for task in tasks.values())
+    config = script.UnivalConfig(**settings["model"])
+    assert {task.media for task in tasks.values() if task.rows} == set(config.towers)
+    assert settings["sizes"]["sampling_rate"] == config.audio_sample_rate
