@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tests.models.unival.tiny import SIZES
+
 REMOTE = "tests.merging.remote_code.modeling_toy"
 WORDS, WIDTH, IMAGE, PATCH = 40, 16, 16, 8  # 16 x 16 pixels in patches of 8: 4 patches
 IMAGE_TOKEN, VIDEO_TOKEN, START, END = 35, 36, 37, 38
@@ -27,6 +29,9 @@ DECODER = {**TEXT, "num_key_value_heads": 1, "head_dim": 8}
 VISION = {**ENCODER, "image_size": IMAGE, "patch_size": PATCH}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+
+
+UNIVAL = {**SIZES, "towers": ["image"]}
 
 
 class Tiny(NamedTuple):
@@ -53,6 +58,10 @@ def image() -> dict[str, Tensor]:
 
 def both() -> dict[str, Tensor]:
     return text() | image()
+
+
+def seen_and_said() -> dict[str, Tensor]:
+    return text_to_text() | {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64)}
 
 
 def text_to_text() -> dict[str, Tensor]:
@@ -248,6 +257,7 @@ ARCHITECTURES: dict[str, Tiny] = {
             "modality-agnostic": [],
         }.items()
     },
+    "UnIVAL": Tiny("UnivalForConditionalGeneration", "UnivalConfig", UNIVAL, seen_and_said, "hf_vlmerge"),
     "remote code": Tiny("ToyModel", "ToyConfig", {}, image, REMOTE),
 }
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .errors import MergeError
 from .groups import COPY, MergeGroup
 from .planning import open_sources, plan
-from .program import Chunk, Request, Unit, partial_sums, resume, single_thread
+from .program import Chunk, Request, Unit, added, partial_sums, resume, single_thread
 from .recipe import Member, Recipe
 from .registry import Distance, get_distance
 from .streaming import CHUNK_SIZE, Job, Reader, settle_whole_model
@@ -199,7 +199,7 @@ def measured(pairs: list[Pair], reader: Reader) -> Iterator[tuple[Pair, tuple[Te
                 for i, pair in enumerate(pairs):
                     if pair.method.unit == unit:
                         for part in partial_sums(wanted(pair), unit, pair.part(chunk)):
-                            sums[i] = tuple(a + b for a, b in zip(sums[i], part, strict=True)) if i in sums else part
+                            sums[i] = added(wanted(pair), sums.get(i), part)
         waiting = []
         for i, pair in enumerate(pairs):
             if pair.step.request is None:

@@ -181,23 +181,32 @@ def total(
     """Sum a reduction over all blocks of all chunks, in flat order. ``run`` must keep the order of its results."""
     sums: tuple[Tensor, ...] | None = None
     if isinstance(request, Gather):
-        parts = [request.values(c if isinstance(c, Chunk) else c()) for c in chunks]
+        parts = [partial_sums(request, unit, chunk)[0] for chunk in chunks]
         return tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
     if isinstance(request, Sample) and isinstance(chunks, list):
         chunks = chunks[:: max(1, len(chunks) // SAMPLED_CHUNKS)]
     for parts in run(partial(partial_sums, request, unit), chunks):
         for part in parts:
-            if sums is None:
-                sums = tuple(p.clone() for p in part)
-                continue
-            for value, more in zip(sums, part, strict=True):
-                value += more
+            sums = added(request, sums, part)
     return sums or ()
 
 
-def partial_sums(request: Reduce | Counts | Sample, unit: Unit, chunk: Chunk | Read) -> list[tuple[Tensor, ...]]:
+def added(request: Request, sums: tuple[Tensor, ...] | None, part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Sums so far (None: nothing yet) and one part more; of a Gather, what was joined so far."""
+    if sums is None:
+        return tuple(p.clone() for p in part)
+    if isinstance(request, Gather):
+        return tuple(map(torch.cat, zip(sums, part, strict=True)))
+    for value, more in zip(sums, part, strict=True):
+        value += more
+    return sums
+
+
+def partial_sums(request: Reduce | Counts | Sample | Gather, unit: Unit, chunk: Chunk | Read) -> list[tuple[Tensor, ...]]:
     """What a reduction makes of one chunk: a part a block, or one part of a whole chunk where order does not matter."""
     chunk = chunk if isinstance(chunk, Chunk) else chunk()
+    if isinstance(request, Gather):
+        return [tuple(request.values(chunk))]
     exact = isinstance(request, Counts | Sample)
     reduce = request.reduce if exact else request
     parts = [tuple(p.cpu() for p in reduce(block)) for block in ([chunk] if exact else blocks(chunk, unit))]
