@@ -117,7 +117,7 @@ INFINITY = 0x7F800000  # as the bits of a float32; the bits of non-negative valu
 BINS = 1 << 16
 OCTAVE, FIRST, SAMPLED = 8, 99 << 8, 1 << 13  # bins an octave as a power of two; 32 octaves from 2^-28 on
 COUNTED = 1 << 18  # elements of one member that are counted at once
-SELECTED = 5_000_000  # entries of a member: up to here they are joined and sorted in part
+SELECTED = 3_000_000  # entries of a member: up to here they are joined and sorted in part
 RUN, EVERY = 256, 4096  # entries of a sample: so many of every so many
 
 
