@@ -202,7 +202,7 @@ def added(request: Request, sums: tuple[Tensor, ...] | None, part: tuple[Tensor,
     return sums
 
 
-def partial_sums(request: Reduce | Counts | Sample | Gather, unit: Unit, chunk: Chunk | Read) -> list[tuple[Tensor, ...]]:
+def partial_sums(request: Request, unit: Unit, chunk: Chunk | Read) -> list[tuple[Tensor, ...]]:
     """What a reduction makes of one chunk: a part a block, or one part of a whole chunk where order does not matter."""
     chunk = chunk if isinstance(chunk, Chunk) else chunk()
     if isinstance(request, Gather):
