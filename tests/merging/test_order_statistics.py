@@ -1,10 +1,13 @@
 """Values of given ranks, exactly: whatever the sample said, over chunks of any size, over one tensor or the model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from hf_vlmerge.merging._ops import EVERY, RUN, delta_magnitudes, kth_largest, magnitudes
-from hf_vlmerge.merging.program import BLOCK, Chunk, begin, complete
+from hf_vlmerge.merging import _ops
+from hf_vlmerge.merging._ops import delta_magnitudes, kth_largest, magnitudes
+from hf_vlmerge.merging.program import BLOCK, Chunk, Reads, begin, complete
 from hf_vlmerge.merging.registry import MergeMethod
 from hf_vlmerge.merging.streaming import Job, settle_whole_model
 
@@ -20,17 +23,13 @@ def chunks(x, size, base=None):
     return [make(at) for at in range(0, max(1, x.shape[1]), size)]
 
 
-def found(x, ranks, size=BLOCK, values=magnitudes, base=None):
+def found(x, ranks, size=BLOCK, values=magnitudes, base=None, sample=lambda c: c):
+    """``sample`` makes of the whole tensor the chunk that the engine would show for it."""
     program = kth_largest(values, lambda row, entries: list(ranks))
-    return complete(program, begin(program), lambda: chunks(x, size, base), "element")
-
-
-def unlike_its_sample():
-    """Zeros and huge values in turn wherever the sample may look, small ones elsewhere."""
-    x = torch.rand(2, N)
-    x[:, torch.arange(N) % EVERY < RUN * 5] = 0.0
-    x[1, torch.arange(N) % EVERY < RUN] = 1e6
-    return x
+    (whole,) = chunks(x, max(1, x.shape[1]), base)
+    whole = replace(whole, size=x.shape[1])
+    reads = Reads([lambda c=c: [c] for c in chunks(x, size, base)], lambda: sample(whole))
+    return complete(program, begin(program), lambda: reads, "element")
 
 
 CASES = {
@@ -41,17 +40,28 @@ CASES = {
     "beyond the bins": lambda: torch.cat([torch.randn(2, N // 2) * 1e-30, torch.randn(2, N - N // 2) * 1e30], 1),
     "subnormal": lambda: torch.randn(2, N) * 1e-42,
     "with infinities": lambda: torch.randn(2, N).masked_fill(torch.rand(2, N) < 0.001, torch.inf),
+    "mostly zeros": lambda: torch.randn(2, N) * (torch.rand(2, N) < 0.1),
     "sorted": lambda: torch.randn(2, N).sort(1).values,
-    "unlike its sample": unlike_its_sample,
+}
+SAMPLES = {
+    "all": lambda c: c,
+    "one of 64": lambda c: replace(c, x=c.x[:, ::64]),
+    "one": lambda c: replace(c, x=c.x[:, :1]),
+    "all too large": lambda c: replace(c, x=c.x.abs()[:, ::64] * 1e6 + 1),
+    "all zero": lambda c: replace(c, x=c.x[:, ::64] * 0),
 }
 
 
+@pytest.mark.parametrize("gathered", [1 << 22, 100])
+@pytest.mark.parametrize("sample", SAMPLES)
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_are_exact(case):
+def test_ranks_are_exact_whatever_the_sample_says(case, sample, gathered, monkeypatch):
+    """By selection and, where that would hold too much, by counting."""
+    monkeypatch.setattr(_ops, "GATHERED", gathered)
     x = CASES[case]()
     expected = x.abs().sort(1, descending=True).values[:, [rank - 1 for rank in RANKS]]
-    for size in (BLOCK, 2 * BLOCK, 4 * BLOCK):
-        assert found(x, RANKS, size).equal(expected)
+    for size in (BLOCK, 4 * BLOCK):
+        assert found(x, RANKS, size, sample=SAMPLES[sample]).equal(expected)
 
 
 def test_of_no_rank_or_no_entries_the_answer_is_infinite():

@@ -38,9 +38,9 @@ def test_a_dry_run_tells_bytes_time_memory_and_what_rules_match(recipe):
 def test_a_limit_of_memory_makes_chunks_smaller_then_workers_fewer(recipe):
     free = merge(recipe, None, dry_run=True, threads=2, chunk_size=1 << 22).estimate
     tight = merge(recipe, None, dry_run=True, threads=2, chunk_size=1 << 22, max_memory="80MB").estimate
-    tighter = merge(recipe, None, dry_run=True, threads=2, chunk_size=1 << 22, max_memory="30MB").estimate
+    tighter = merge(recipe, None, dry_run=True, threads=2, chunk_size=1 << 22, max_memory="14MB").estimate
     assert free.chunk_size == 1 << 22 and tight.chunk_size < free.chunk_size and tight.threads == 2
-    assert tighter.chunk_size == BLOCK and tighter.threads == 1 and tighter.memory <= 30e6
+    assert tighter.chunk_size == BLOCK and tighter.threads == 1 and tighter.memory <= 14e6
 
 
 def test_a_limit_below_one_tensor_is_an_error(recipe):

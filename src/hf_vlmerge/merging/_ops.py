@@ -6,38 +6,20 @@ floats several times faster than into bool, and multiplies by them faster still.
 place.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations_with_replacement
-from math import sqrt
+from math import inf, sqrt
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .program import BLOCK
 from .registry import Chunk, Counts, Gather, MergeError, Program, Sample, WholeModel
 
 Scope = Literal["tensor", "global"]
 Values = Callable[[Chunk], Tensor]  # what a program asks about: (rows, n), for example one row a member
-
-
-# Pieces of a chunk
-
-
-def pieces(c: Chunk, size: int) -> Iterator[Chunk]:
-    """Runs of about ``size`` elements (or of whole rows) of a chunk of unit "element" or "row"."""
-    step = max(1, size // max(1, c.x[0, 0].numel())) if c.x.ndim > 2 and c.x.shape[1] else size
-    for at in range(0, c.x.shape[1], step):
-        run = slice(at, at + step)
-        yield replace(
-            c,
-            x=c.x[:, run],
-            base=None if c.base is None else c.base[run],
-            statistics=tuple(s if s is None else s[run] for s in c.statistics),
-            start=c.start + at * c.x[0, :1].numel(),
-        )
 
 
 # Sums over members
@@ -45,18 +27,27 @@ def pieces(c: Chunk, size: int) -> Iterator[Chunk]:
 
 def weighted_sum(x: Tensor, weights: Sequence[float | Tensor]) -> Tensor:
     """Sum of ``weights[i] * x[i]`` in member order; x (members, ...). Tensor weights must broadcast to ``x[0]``."""
-    result = x[0] * weights[0]
-    for member, weight in zip(x[1:], weights[1:], strict=True):
+    first, *others = x.unbind()
+    result = first * weights[0]
+    for member, weight in zip(others, weights[1:], strict=True):
         result += member if isinstance(weight, float) and weight == 1 else member * weight
     return result
 
 
-def weighted_deltas(c: Chunk, weights: Sequence[float]) -> Tensor:
-    """Sum of ``weights[i] * (x[i] - base)``, one task vector at a time."""
-    result = None
-    for x, weight in zip(c.x, weights, strict=True):
-        (delta,) = weigh_([x - c.base], [weight])
-        result = delta if result is None else result.add_(delta)
+def weighted_sum_(x: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    """The same in the place of ``x``, which is used up; without weights all are one."""
+    total, *others = x.unbind() if weights is None else weigh_(x.unbind(), weights)
+    for member in others:
+        total += member
+    return total
+
+
+def plain_sum(x: Tensor) -> Tensor:
+    """Sum over members, in their order."""
+    first, *others = x.unbind()
+    result = first + others[0] if others else first.clone()
+    for member in others[1:]:
+        result += member
     return result
 
 
@@ -116,22 +107,41 @@ def products(x: Tensor, dim: int | None = None) -> Tensor:
 INFINITY = 0x7F800000  # as the bits of a float32; the bits of non-negative values are ordered like the values
 BINS = 1 << 16
 OCTAVE, FIRST, SAMPLED = 8, 99 << 8, 1 << 13  # bins an octave as a power of two; 32 octaves from 2^-28 on
-COUNTED = 1 << 18  # elements of one member that are counted at once
-SELECTED = 3_000_000  # entries of a member: up to here they are joined and sorted in part
-RUN, EVERY = 256, 4096  # entries of a sample: so many of every so many
+GATHERED = 1 << 22  # values that are held at once to be sorted in part
 
 
 class Bracket(NamedTuple):
-    """Bit patterns ``low`` to ``high``, both included, among which the value of ``rank`` (1: the largest) is sought."""
+    """Bit patterns ``low`` to ``high``, both included, among which the value of ``rank`` (1: the largest) is sought.
+
+    About ``expected`` values lie in it, as far as is known.
+    """
 
     rank: int
     low: int
     high: int
+    expected: int = 0
 
     @property
     def shift(self) -> int:
         """Patterns share a bin where they agree but for this many bits."""
         return max(0, (self.high - self.low).bit_length() - BINS.bit_length() + 1)
+
+    @property
+    def is_open(self) -> bool:
+        return self.low < self.high
+
+    def at(self, pattern: int) -> "Bracket":
+        return self._replace(low=pattern, high=pattern, expected=0)
+
+    def above(self) -> "Bracket":
+        return self._replace(low=self.high + 1, high=INFINITY, expected=GATHERED)
+
+    def below(self) -> "Bracket":
+        """What lies below; where only zeros do, their pattern."""
+        return self._replace(low=0, high=max(self.low - 1, 0), expected=GATHERED)
+
+
+Brackets = list[list[Bracket]]  # one list a row of values
 
 
 def magnitudes(c: Chunk) -> Tensor:
@@ -140,11 +150,8 @@ def magnitudes(c: Chunk) -> Tensor:
 
 
 def delta_magnitudes(c: Chunk) -> Tensor:
-    """|members - base|, one row a member; member after member, while a row is in the cache."""
-    result = torch.empty_like(c.x)
-    for x, row in zip(c.x, result, strict=True):
-        torch.sub(x, c.base, out=row).abs_()
-    return result
+    """|members - base|, one row a member."""
+    return c.deltas().abs_()
 
 
 def kth_magnitude(
@@ -166,46 +173,31 @@ def kth_largest(
     ``ranks(row, entries)`` names the ranks that are wanted of a row, 1 for the largest; for rank 0 the answer is
     infinity. ``rows``: a value depends on its whole row, not on its own entry alone.
 
-    A small tensor is sorted in part. Of others, and of whole models, a sample of the entries (of rows: all) gives a
-    bracket for each rank. Passes over all entries then count what lies above a bracket and what falls into each of its
-    bins, and narrow it to one bin, until it holds one bit pattern. A bracket that misses is found out by its own
-    counts, so the sample can cost a pass, never the result.
+    A sample of the entries gives a bracket for each rank. A pass over all of them counts what lies above a bracket and
+    gathers what lies in it, to be sorted in part. Where that may be too much, of whole models above all, passes count
+    what falls into each of a bracket's bins, and narrow it until it holds one bit pattern. A bracket that misses is
+    found out by its own counts, so the sample can cost a pass, never the result.
     """
     ask = WholeModel if scope == "global" else (lambda request: request)
-    flat = (lambda c: c) if rows else flattened
-    if scope == "tensor" and 0 < (yield Sample(size_of))[0] <= SELECTED:
-        entries = yield Gather(lambda c: values(flat(c)).flatten(1))
-        return torch.tensor([selected(row.cpu().numpy(), ranks(i, len(row))) for i, row in enumerate(entries)])
-    counts, sizes = yield ask(Sample(lambda c: sample(values, flat(c))))
+    flat = (lambda c: values(c)) if rows else (lambda c: values(flattened(c)))
+    sampled, sizes, of = yield ask(Sample(lambda c, entries: sample(flat(c), entries), rows))
     brackets = [
-        [first_bracket(row, size, rank) for rank in ranks(i, size)]
-        for i, (row, size) in enumerate(zip(counts.numpy(), sizes.tolist(), strict=True))
+        [first_bracket(row, size, count, rank) for rank in ranks(i, size)]
+        for i, (row, size, count) in enumerate(zip(sampled.numpy(), sizes.tolist(), of.tolist(), strict=True))
     ]
-    while any(b.low < b.high for row in brackets for b in row):
-        (found,) = yield ask(
-            Counts(lambda c: (sum(count(values(p), brackets) for p in pieces(flat(c), COUNTED)),))  # noqa: B023
-        )
+    if scope == "tensor" and 0 < sum(b.expected for row in brackets for b in row) <= GATHERED:
+        split = splitter(brackets)
+        above, *found = yield Gather(lambda c: gathered(split(flat(c))))
+        chosen = map(select, (b for row in brackets for b in row), above.sum(0).tolist(), found)
+        brackets = [[next(chosen) for _ in row] for row in brackets]
+    while any(b.is_open for row in brackets for b in row):
+        split = splitter(brackets)
+        (counts,) = yield ask(Counts(lambda chunks: (counted(map(split, map(flat, chunks)), brackets),)))  # noqa: B023
         brackets = [
-            [narrowed(b, n) for b, n in zip(row, counted, strict=True)]
-            for row, counted in zip(brackets, found.numpy(), strict=True)
+            [narrowed(b, n) for b, n in zip(row, own, strict=True)]
+            for row, own in zip(brackets, counts.numpy(), strict=True)
         ]
     return torch.tensor([[b.low for b in row] for row in brackets], dtype=torch.int32).view(torch.float32)
-
-
-def size_of(c: Chunk) -> tuple[Tensor]:
-    """Reduction: entries of a member in the whole tensor, told by its first chunk, or by each of a tensor in memory."""
-    return (torch.tensor((0 if c.start else c.size) if c.size else c.x[0].numel()),)
-
-
-def selected(row: np.ndarray, ranks: list[int]) -> list[float]:
-    """The values of these ranks, by partial sorting in place; infinity for rank 0. One rank at a time: NumPy is many
-    times faster at that."""
-    found = []
-    for rank in ranks:
-        if rank:
-            row.partition(len(row) - rank)
-        found.append(float(row[len(row) - rank]) if rank else float("inf"))
-    return found
 
 
 def flattened(c: Chunk) -> Chunk:
@@ -213,71 +205,103 @@ def flattened(c: Chunk) -> Chunk:
     return c if c.x.ndim == 2 else replace(c, x=c.x.flatten(1), base=None if c.base is None else c.base.flatten())
 
 
-def sample(values: Values, c: Chunk) -> tuple[Tensor, Tensor]:
-    """Counts of some values by their upper bits (rows, SAMPLED), and the number of all values (rows,).
-
-    Of a chunk of at least 16 EVERY entries, runs at a place that differs from chunk to chunk; else all.
-    """
-    size = c.x[0].numel()
-    if c.x.ndim == 2 and size >= 16 * EVERY:
-        at = c.start // BLOCK * 5 * RUN % EVERY
-        runs = lambda x: x[..., : size // EVERY * EVERY].unflatten(-1, (-1, EVERY))[..., at : at + RUN]  # noqa: E731
-        c = replace(c, x=runs(c.x).flatten(1), base=None if c.base is None else runs(c.base).flatten())
-    bins = (bit_patterns(values(c)) >> (23 - OCTAVE)).sub_(FIRST).clamp_(0, SAMPLED - 1)
+def sample(values: Tensor, entries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts of values by their upper bits (rows, SAMPLED), each as many as it stands for; how many entries the values
+    stand for, and how many values there are (rows,)."""
+    patterns = values.flatten(1).contiguous().cpu().view(torch.int32)
+    bins = (patterns >> (23 - OCTAVE)).sub_(FIRST).clamp_(0, SAMPLED - 1)
     counts = torch.stack([torch.bincount(row, minlength=SAMPLED) for row in bins])
-    whole = 0 if c.start else c.size  # told once a tensor, by the chunk that is always there
-    return counts, torch.full((len(bins),), whole if c.size else size)
+    rows, count = patterns.shape
+    counts *= round(entries / max(1, count))
+    return counts, torch.full((rows,), entries), torch.full((rows,), count)
 
 
-def bit_patterns(values: Tensor) -> Tensor:
-    return values.flatten(1).contiguous().cpu().view(torch.int32)
-
-
-def first_bracket(counts: np.ndarray, size: int, rank: int) -> Bracket:
+def first_bracket(counts: np.ndarray, size: int, sampled: int, rank: int) -> Bracket:
     """Where the value of a rank should lie, by the sample's counts: three standard deviations to either side."""
-    sampled = int(counts.sum())
     if rank < 1 or not sampled:
         return Bracket(rank, INFINITY, INFINITY)
-    share = min(rank / size, 1.0)
-    margin = 0.0 if sampled == size else 3 * sqrt(sampled * share * (1 - share)) + 2
+    total, share = int(counts.sum()), min(rank / size, 1.0)
+    margin = 0.0 if sampled == size else total * (3 * sqrt(share * (1 - share) / sampled) + 2 / sampled)
     above = np.cumsum(counts[::-1])  # from the largest bin down
-    upper, lower = (
-        SAMPLED - 1 - int(np.searchsorted(above, min(max(share * sampled + side, 1), sampled)))
-        for side in (-margin, margin)
-    )
+    limits = np.clip([share * total - margin, share * total + margin], 1, total)
+    upper, lower = (SAMPLED - 1 - np.searchsorted(above, limits)).tolist()
     low = 0 if lower == 0 else (FIRST + lower) << (23 - OCTAVE)
     high = INFINITY if upper == SAMPLED - 1 else ((FIRST + upper + 1) << (23 - OCTAVE)) - 1
-    return Bracket(rank, low, high)
+    return Bracket(rank, low, high, int(counts[lower : upper + 1].sum()))
 
 
-def count(values: Tensor, brackets: Sequence[Sequence[Bracket]]) -> Tensor:
+Parts = list[tuple[int, np.ndarray]]  # for every bracket of the first row, the second row, …
+
+
+def splitter(brackets: Brackets) -> Callable[[Tensor], Parts]:
+    """A function of values (rows, n): how many of a row lie above a bracket, and those in it but for zeros.
+
+    On the host, in NumPy: its comparisons into bool and selections by bool are much faster.
+    """
+    limits = np.array([[(max(b.low, 1), b.high) for b in row] for row in brackets], np.int32).view(np.float32)
+    ranks = [(limits[:, [i], 0], limits[:, [i], 1]) for i in range(limits.shape[1])]  # lows, highs: (rows, 1)
+
+    def split(values: Tensor) -> Parts:
+        rows = values.flatten(1).cpu().numpy()
+        columns = [divided(rows, low, high) for low, high in ranks]
+        return [part for parts in zip(*columns, strict=True) for part in parts]
+
+    return split
+
+
+def divided(rows: np.ndarray, low: np.ndarray, high: np.ndarray) -> Parts:
+    """How many values of each row lie above ``high``, and those from ``low`` to ``high``."""
+    above, inside = rows > high, rows >= low
+    inside ^= above
+    places = np.flatnonzero(inside)
+    ends = np.searchsorted(places, np.arange(len(rows) + 1) * rows.shape[1]).tolist()
+    found = rows.reshape(-1).take(places)
+    return [(np.count_nonzero(row), found[a:b]) for row, a, b in zip(above, ends[:-1], ends[1:], strict=True)]
+
+
+def gathered(parts: Parts) -> tuple[Tensor, ...]:
+    """How many values lie above each bracket (1, brackets), then for each the values in it."""
+    return torch.tensor([[above for above, _ in parts]]), *(torch.from_numpy(inside) for _, inside in parts)
+
+
+def select(b: Bracket, above: int, found: Tensor) -> Bracket:
+    """The bracket at the value of its rank, or where that must be if it was missed."""
+    inside = found.numpy()
+    if not b.is_open:
+        return b
+    if b.rank <= above:
+        return b.above()
+    if b.rank > above + len(inside):
+        return b.below()
+    place = len(inside) - (b.rank - above)
+    inside.partition(place)
+    return b.at(int(inside[place : place + 1].view(np.int32)[0]))
+
+
+def counted(found: Iterable[Parts], brackets: Brackets) -> Tensor:
     """For each row and bracket how many values lie above it, then how many in each of its bins.
 
-    (rows, ranks, 1 + BINS). On the host, in NumPy: its comparisons into bool and selections by bool are much faster.
+    (rows, ranks, 1 + BINS).
     """
-    result = np.zeros((len(brackets), max(map(len, brackets), default=0), 1 + BINS), np.int64)
-    for row, own, out in zip(values.flatten(1).cpu().numpy(), brackets, result, strict=True):
-        for b, place in zip(own, out, strict=True):
-            if b.low == b.high:
-                continue
-            low, high = np.array([b.low, b.high], np.int32).view(np.float32)
-            above, inside = row > high, row >= low
-            place[0] = np.count_nonzero(above)
-            inside ^= above
-            patterns = torch.from_numpy(row[inside].view(np.int32)).sub_(b.low)
-            place[1:] = torch.bincount(patterns >> b.shift, minlength=BINS)
-    return torch.from_numpy(result)
+    each = [b for row in brackets for b in row]
+    result = np.zeros((len(each), 1 + BINS), np.int64)
+    for own, b, parts in zip(result, each, zip(*found, strict=True), strict=True):
+        own[0] = sum(above for above, _ in parts)
+        if b.is_open:
+            patterns = np.concatenate([inside for _, inside in parts]).view(np.int32) - np.int32(b.low)
+            own[1:] = np.bincount(patterns >> b.shift, minlength=BINS)
+    return torch.from_numpy(result.reshape(len(brackets), -1, 1 + BINS))
 
 
-def narrowed(b: Bracket, counted: np.ndarray) -> Bracket:
+def narrowed(b: Bracket, counts: np.ndarray) -> Bracket:
     """The bin of the bracket that holds the rank, or what lies above or below a bracket that missed."""
-    if b.low == b.high:
+    if not b.is_open:
         return b
-    above = counted[0] + np.cumsum(counted[:0:-1])  # values in this bin or a higher one, from the highest down
-    if b.rank <= counted[0]:
-        return b._replace(low=b.high + 1, high=INFINITY)
+    above = counts[0] + np.cumsum(counts[:0:-1])  # values in this bin or a higher one, from the highest down
+    if b.rank <= counts[0]:
+        return b.above()
     if b.rank > above[-1]:
-        return b._replace(low=0, high=max(b.low - 1, 0))
+        return b.below()
     low = b.low + ((BINS - 1 - int(np.searchsorted(above, b.rank))) << b.shift)
     return b._replace(low=low, high=min(b.high, low + (1 << b.shift) - 1))
 
@@ -296,19 +320,25 @@ def as_factor(mask: Tensor) -> Tensor:
     return mask.view(torch.uint8).to(torch.float32)
 
 
-def trim_(tau: Tensor, least: Tensor, most: Tensor | None = None) -> Tensor:
-    """Set what is smaller than each member's ``least`` magnitude, or larger than its ``most``, to zero.
+def trimmer(least: Tensor, most: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """A function that sets, in place, what is smaller than each member's ``least`` magnitude, or larger than its
+    ``most``, to zero.
 
     Hard shrinkage does it in one step: it keeps what is larger than its parameter, here the float32 below ``least``.
     """
     shrink = torch.ops.aten.hardshrink
     below = torch.where(least.isinf(), torch.inf, torch.nextafter(least, torch.tensor(-1.0))).tolist()
-    for i, vector in enumerate(tau):
-        largest = None if most is None or most[i].isinf() else shrink(vector, most[i].item())
-        shrink.out(vector, below[i], out=vector)
-        if largest is not None:
-            vector.sub_(largest)
-    return tau
+    limits = [inf] * len(below) if most is None else most.tolist()
+
+    def trim_(tau: Tensor) -> Tensor:
+        for vector, lower, upper in zip(tau.unbind(), below, limits, strict=True):
+            largest = None if upper == inf else shrink(vector, upper)
+            shrink.out(vector, lower, out=vector)
+            if largest is not None:
+                vector.sub_(largest)
+        return tau
+
+    return trim_
 
 
 RescaleBy = Literal["probability", "l1"]
@@ -328,7 +358,7 @@ RankedOver = Literal["tensor", "row"]
 
 
 def breadcrumbs_window(density: Sequence[float], gamma: Sequence[float], over: RankedOver) -> Program:
-    """Program: a function that gives a chunk's task vectors without their largest and smallest entries.
+    """Program: a function that sets the largest and smallest entries of a chunk's task vectors to zero, in place.
 
     Of n entries the min(int(gamma n), n - kept) largest are dropped, the next kept = int(density n) stay.
     """
@@ -340,10 +370,9 @@ def breadcrumbs_window(density: Sequence[float], gamma: Sequence[float], over: R
 
     if over == "tensor":
         limits = yield from kth_largest(delta_magnitudes, window)
-        return lambda c: trim_(c.deltas(), limits[:, 1], limits[:, 0])
+        return trimmer(limits[:, 1], limits[:, 0])
 
-    def within_rows(c: Chunk) -> Tensor:
-        tau = c.deltas()
+    def within_rows_(tau: Tensor) -> Tensor:
         for i, rows in enumerate(tau):
             ordered = -np.sort(-rows.abs().cpu().numpy(), axis=1)
             ranks = window(i, rows.shape[1])
@@ -352,7 +381,7 @@ def breadcrumbs_window(density: Sequence[float], gamma: Sequence[float], over: R
             rows.mul_((magnitude >= least) & (magnitude <= most))
         return tau
 
-    return within_rows
+    return within_rows_
 
 
 def check_window(density: Sequence[float], epsilon: Sequence[float]) -> None:
@@ -418,7 +447,7 @@ ZeroSign = Literal["none", "positive", "majority"]
 
 def elected_signs(tau: Tensor, zero: float = 0.0) -> Tensor:
     """The sign of the sum over members: 1, -1, and ``zero`` where the sum is zero."""
-    signs = weighted_sum(tau, [1.0] * len(tau)).sign_()
+    signs = plain_sum(tau).sign_()
     if zero:
         signs.sub_(signs.abs().sub_(1), alpha=zero)
     return signs
@@ -430,8 +459,9 @@ def sign_of_zero(rule: ZeroSign, sparse: Values, scope: Scope) -> Program:
     if rule != "majority":
         return {"none": 0.0, "positive": 1.0}[rule]
 
-    def votes(c: Chunk) -> tuple[Tensor]:
-        return (elected_signs(sparse(c)).long().sum().expand(len(c.members)).clone(),)  # one row a member
+    def votes(chunks: Iterable[Chunk]) -> tuple[Tensor]:
+        ballots = [(elected_signs(sparse(c)).long().sum(), len(c.members)) for c in chunks]
+        return (sum(ballot for ballot, _ in ballots).expand(ballots[0][1]).clone(),)  # one row a member
 
     (sums,) = yield WholeModel(Counts(votes)) if scope == "global" else Counts(votes)
     return float(sums[0].sign())
@@ -465,16 +495,10 @@ def disjoint_sum_(
     ``divide_by``: the sum is divided by the sum of these numbers over the same members (of ones: by their count), or by
     ``floor`` where that is more.
     """
-    total = share = None
-    for i, vector in enumerate(tau):
-        agreeing = vector.mul_(signs).clamp_(min=0)  # its magnitude where the signs agree
-        term = agreeing if weights is None or weights[i] == 1 else agreeing * weights[i]
-        total = term.clone() if total is None else total.add_(term)
-        if divide_by is not None:
-            term = agreeing.gt_(0) if divide_by[i] == 1 else agreeing.gt_(0).mul_(divide_by[i])
-            share = term if share is None else share.add_(term)
-    total.mul_(signs)
-    if share is not None:  # where nobody agrees the sum is zero, whatever the divisor
+    agrees = (tau * signs).gt_(0)
+    total = weighted_sum_(tau.mul_(agrees), weights)
+    if divide_by is not None:  # where nobody agrees the sum is zero, whatever the divisor
+        share = weighted_sum_(agrees, divide_by)
         if floor or all(number == 1 for number in divide_by):
             share.clamp_(min=floor or 1)
         else:

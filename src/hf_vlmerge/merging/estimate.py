@@ -7,21 +7,21 @@ from typing import Any
 
 from .errors import MergeError
 from .groups import MergeGroup, Sources
-from .making import has_passes, input_count, memory_of, output_of
+from .making import bytes_of, has_passes, input_count, memory_of, output_of
 from .program import BLOCK, shape_for
 from .streaming import Job
 
 # Measured with three bfloat16 inputs in the page cache on one thread; meant to be right within a factor of two.
 PLAIN = 1.5e-9  # seconds an input element: read, added up, its part of the output written
-PASSES = 5e-9  # seconds an input element of a method that looks at the tensor first
+PASSES = 4e-9  # seconds an input element of a method that looks at the tensor first
 FLOPS = 2e10  # of float64 matrix products and decompositions, a second
 DECOMPOSED = 20  # products a matrix method costs, about
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes that are read (a tensor too large to be held is read again in each pass) and written, seconds from a warm
-    page cache, bytes in use at once beside the interpreter's own, and the settings they hold for."""
+    """Bytes that are read (once more in each pass over a tensor) and written, seconds from a warm page cache, bytes in
+    use at once beside the interpreter's own, and the settings they hold for."""
 
     bytes_read: int
     bytes_written: int
@@ -55,8 +55,7 @@ def estimate(jobs: Sequence[Job | MergeGroup], sources: Sources, threads: int, c
     seconds = []
     for job in jobs:
         group, numel = output_of(job), prod(output_of(job).shape)
-        refs = (*group.inputs, *((group.base,) if group.base else ()))
-        read += sum(numel * sources[r.source].dtype(r.key).itemsize for r in refs)
+        read += bytes_of(group, sources)
         written += numel * group.dtype.itemsize
         seconds.append(seconds_of(job))
     memory = sum(sorted((memory_of(job, chunk_size) for job in jobs), reverse=True)[:threads])

@@ -51,6 +51,11 @@ class MergeGroup:
     rules: tuple[int, ...] = ()  # numbers of the recipe's rules that apply, from 1
     note: str = ""  # why it is copied, or what a reader should know
 
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        """The members' tensors, then the base's."""
+        return self.inputs if self.base is None else (*self.inputs, self.base)
+
 
 Sources = Mapping[str, TensorSource]  # by role
 

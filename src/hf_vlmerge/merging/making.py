@@ -1,6 +1,5 @@
 """Making one output tensor from its group: copied, or read in chunks, merged in float32, rounded once."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ._ops import GATHERED
 from .errors import MergeError
 from .groups import COPY, MergeGroup, Ref, Sources
 from .program import BLOCK, Chunk, Read, complete, shape_for
@@ -18,7 +18,6 @@ from .registry import get_merge_method
 from .streaming import Job, Reader
 from .tensors.dtypes import all_finite, dtype_name
 
-HELD = 1 << 26  # bytes of inputs a worker keeps between the passes over one tensor, so that it is read once
 FLOAT = 4  # bytes
 
 
@@ -50,30 +49,24 @@ class Maker:
         if self.keeps_equal(job):
             self.copy(group)
             return "equal"
-        reader = replace(self.reader, held={}) if self.is_held(job) else self.reader
-        reads = reader.reads(group, unit)
+        reads = self.reader.reads(group, unit)
         merge = complete(job.program, job.step, lambda: reads, unit, run=run)
-        for _ in run(partial(self.merge_chunk, group, merge), reads):
+        for _ in run(partial(self.merge_run, group, merge), reads):
             pass
         return "merged"
 
-    def is_held(self, job: Job) -> bool:
-        """Whether a tensor is small enough to stay in memory between its passes."""
-        return has_passes(job) and bytes_of(job.group, self.reader.sources) <= HELD
-
-    def merge_chunk(self, group: MergeGroup, merge: Callable[[Chunk], Tensor], read: Read) -> None:
-        chunk = read()
-        shape = tuple(chunk.x.shape[1:])
-        values = merge(chunk)
-        if values.shape != shape:
-            raise RuntimeError(f"{group.method} returned {tuple(values.shape)} for {shape}")
-        self.put(group, chunk.start, values.reshape(-1))
+    def merge_run(self, group: MergeGroup, merge: Callable[[Chunk], Tensor], read: Read) -> None:
+        for chunk in read():
+            shape = tuple(chunk.x.shape[1:])
+            values = merge(chunk)
+            if values.shape != shape:
+                raise RuntimeError(f"{group.method} returned {tuple(values.shape)} for {shape}")
+            self.put(group, chunk.start, values.reshape(-1))
 
     def keeps_equal(self, job: Job) -> bool:
         """Whether all inputs, and the base if the method uses one, are the same bytes and the method keeps those."""
         group = job.group
-        refs = (*group.inputs, *((group.base,) if group.base else ()))
-        return job.method.keeps_equal(group.parameters, group.weights) and self.reader.all_equal(group, refs)
+        return job.method.keeps_equal(group.parameters, group.weights) and self.reader.all_equal(group, group.refs)
 
     def copy(self, group: MergeGroup) -> None:
         """Take the first input as it is, within the kernel where the dtype stays."""
@@ -96,20 +89,12 @@ class Maker:
         self.written(result.numel())
 
     def check_fit(self, group: MergeGroup, values: Tensor, result: Tensor) -> None:
-        """Values beyond the largest number of the output dtype are an error. Adding up is far cheaper than looking at
-        each, and its result is finite only if all are (of the widest dtypes, which hold every float32)."""
-        wide = group.dtype in (torch.float32, torch.float64)
-        if not (math.isfinite(values.sum()) if wide else fits(values, group.dtype)) and not all_finite(result):
+        """Values beyond the largest number of the output dtype are an error. None is if their squares sum to less than
+        that number's, which is far cheaper than a look at each."""
+        largest = torch.finfo(group.dtype).max
+        if not float(values.dot(values)) < largest**2 and not all_finite(result):
             name = dtype_name(group.dtype)
             raise MergeError(f"{group.output}: values up to {values.abs().max():.4g} do not fit into {name}")
-
-
-def fits(values: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all values lie within the dtype's range; False for NaN."""
-    if not values.numel():
-        return True
-    low, high = values.aminmax()
-    return max(-float(low), float(high)) <= torch.finfo(dtype).max
 
 
 def job_of(group: MergeGroup) -> Job | MergeGroup:
@@ -135,8 +120,7 @@ def has_passes(job: Job | MergeGroup) -> bool:
 
 def bytes_of(group: MergeGroup, sources: Sources) -> int:
     """Bytes of a group's inputs as they are stored."""
-    refs = (*group.inputs, *((group.base,) if group.base else ()))
-    return prod(group.shape) * sum(sources[r.source].dtype(r.key).itemsize for r in refs)
+    return prod(group.shape) * sum(sources[r.source].dtype(r.key).itemsize for r in group.refs)
 
 
 def memory_of(job: Job | MergeGroup, chunk_size: int) -> int:
@@ -151,5 +135,4 @@ def memory_of(job: Job | MergeGroup, chunk_size: int) -> int:
         return FLOAT * numel * (2 * inputs + 1) + 2 * FLOAT * (5 * numel + 4 * columns * columns)
     block = max(BLOCK, chunk_size, shape_for(unit, group.shape)[-1] if unit == "row" else 0)
     chunks = FLOAT * min(block, numel) * (3 * inputs + 2)
-    held = FLOAT * numel * inputs
-    return chunks + (2 * held if has_passes(job) and held <= HELD else 0)
+    return chunks + (FLOAT * min(GATHERED, numel * inputs) if has_passes(job) else 0)

@@ -21,13 +21,14 @@ from .planning import open_sources, plan
 from .program import Chunk, Request, Unit, added, partial_sums, resume, single_thread
 from .recipe import Member, Recipe
 from .registry import Distance, get_distance
-from .streaming import CHUNK_SIZE, Job, Reader, settle_whole_model
+from .streaming import Job, Reader, settle_whole_model
 from .tensors.sources import TensorSource
 from .weights import layer_of
 from .workers import Workers, available_threads
 
 Pairs = Literal["each", "all"] | Sequence[tuple[str, str]]
 Reference = Literal["none", "base"]
+CHUNK_SIZE = 1 << 18  # many pairs look at a chunk: fewer, larger ones than a merge takes
 HELD = 1 << 25  # elements of all members of one tensor that a thread keeps in memory between the passes over it
 
 

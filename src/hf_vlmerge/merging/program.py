@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import isgenerator
+from math import prod
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,8 +19,7 @@ import torch
 from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
-BLOCK = 1 << 16  # elements; sums run over blocks of this size in flat order, whatever the chunk size
-SAMPLED_CHUNKS = 16
+BLOCK = 1 << 15  # elements; sums run over blocks of this size in flat order, whatever the chunk size
 
 Unit = Literal["element", "row", "tensor"]
 
@@ -50,6 +50,8 @@ class Chunk:
     "tensor"; ``base`` the same without the first axis; ``weights`` (members,) float64. ``statistics`` and ``tokens``
     (the number of input rows behind each statistic) come in member order. ``start`` is the first element's flat index,
     ``size`` the number of elements of the whole tensor (0: there are no others).
+
+    A reduction leaves a chunk as it is; the function that merges it is the last to see it, and may use ``x`` up.
     """
 
     x: Tensor
@@ -66,6 +68,10 @@ class Chunk:
     def deltas(self) -> Tensor:
         """Task vectors (modality vectors): members minus base, shaped like ``x``."""
         return self.x - self.base
+
+    def deltas_(self) -> Tensor:
+        """The same in the place of ``x``, for the function that merges."""
+        return self.x.sub_(self.base)
 
     def keep(self, member: str, probability: float | Tensor) -> Tensor:
         """A random choice of entries, bool, shaped like ``x[0]``: each is True with its probability (exact to 2^-32).
@@ -96,21 +102,26 @@ Reduce = Callable[[Chunk], tuple[Tensor, ...]]  # int64 or float64 of fixed shap
 
 
 class Counts(NamedTuple):
-    """A reduction that returns int64 only. Such sums are exact in any order, so it sees whole chunks, not blocks."""
+    """A reduction that returns int64 only. Such sums are exact in any order, so it sees several whole chunks at once,
+    not blocks."""
 
-    reduce: Reduce
+    reduce: Callable[[Iterable[Chunk]], tuple[Tensor, ...]]
 
 
 class Sample(NamedTuple):
-    """Counts for which some chunks of a large tensor will do; the first one is always among them."""
+    """Counts for which some entries of a tensor will do: it sees a chunk, and the number of entries it stands for.
 
-    reduce: Reduce
+    ``rows``: the chunk must have whole rows, so it sees every chunk.
+    """
+
+    reduce: Callable[[Chunk, int], tuple[Tensor, ...]]
+    rows: bool = False
 
 
 class Gather(NamedTuple):
-    """Not a sum: what a function of a chunk returns, (rows, n), joined over a tensor, row by row. For small tensors."""
+    """Not a sum: what a function of a chunk returns, a tuple of tensors, each joined over the chunks of a tensor."""
 
-    values: Callable[[Chunk], Tensor]
+    values: Callable[[Chunk], tuple[Tensor, ...]]
 
 
 class WholeModel(NamedTuple):
@@ -124,8 +135,16 @@ class WholeModel(NamedTuple):
 
 
 Request = Reduce | Counts | Sample | Gather | WholeModel
-Read = Callable[[], Chunk]  # reads a chunk when it is called, so that the one who computes also reads
+Read = Callable[[], Iterable[Chunk]]  # reads a run of chunks when it is called, so that who computes also reads
 Program = Generator[Request, tuple[Tensor, ...], Any]  # returns what the method makes of it: a function of a chunk
+
+
+class Reads(list[Read]):
+    """Calls that read the chunks of a tensor, in flat order; ``sample`` reads some entries from all over it."""
+
+    def __init__(self, calls: Iterable[Read], sample: Callable[[], Chunk]) -> None:
+        super().__init__(calls)
+        self.sample = sample
 
 
 class Step(NamedTuple):
@@ -179,16 +198,22 @@ def total(
     run: Callable[..., Iterable] = map,
 ) -> tuple[Tensor, ...]:
     """Sum a reduction over all blocks of all chunks, in flat order. ``run`` must keep the order of its results."""
+    if isinstance(request, Sample) and not request.rows and isinstance(chunks, Reads):
+        chunk = chunks.sample()
+        return request.reduce(chunk, chunk.size)
     sums: tuple[Tensor, ...] | None = None
-    if isinstance(request, Gather):
-        parts = [partial_sums(request, unit, chunk)[0] for chunk in chunks]
-        return tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
-    if isinstance(request, Sample) and isinstance(chunks, list):
-        chunks = chunks[:: max(1, len(chunks) // SAMPLED_CHUNKS)]
+    joined = []
     for parts in run(partial(partial_sums, request, unit), chunks):
+        if isinstance(request, Gather):
+            joined += parts
+            continue
         for part in parts:
             sums = added(request, sums, part)
-    return sums or ()
+    return tuple(map(torch.cat, zip(*joined, strict=True))) if joined else sums or ()
+
+
+def is_exact(request: Request) -> bool:
+    return isinstance(request, Counts | Sample)
 
 
 def added(request: Request, sums: tuple[Tensor, ...] | None, part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -202,19 +227,22 @@ def added(request: Request, sums: tuple[Tensor, ...] | None, part: tuple[Tensor,
     return sums
 
 
-def partial_sums(request: Request, unit: Unit, chunk: Chunk | Read) -> list[tuple[Tensor, ...]]:
-    """What a reduction makes of one chunk: a part a block, or one part of a whole chunk where order does not matter."""
-    chunk = chunk if isinstance(chunk, Chunk) else chunk()
+def partial_sums(request: Request, unit: Unit, read: Chunk | Read) -> list[tuple[Tensor, ...]]:
+    """What a reduction makes of a run of chunks: a part a block, or one of all where order does not matter."""
+    chunks = [read] if isinstance(read, Chunk) else read()
     if isinstance(request, Gather):
-        return [tuple(request.values(chunk))]
-    exact = isinstance(request, Counts | Sample)
-    reduce = request.reduce if exact else request
-    parts = [tuple(p.cpu() for p in reduce(block)) for block in ([chunk] if exact else blocks(chunk, unit))]
-    allowed = (torch.int64,) if exact else (torch.int64, torch.float64)
+        return [tuple(value.cpu() for value in request.values(chunk)) for chunk in chunks]
+    if isinstance(request, Counts):
+        parts = [request.reduce(chunks)]
+    elif isinstance(request, Sample):
+        parts = [request.reduce(chunk, chunk.x[0].numel()) for chunk in chunks]
+    else:
+        parts = [request(block) for chunk in chunks for block in blocks(chunk, unit)]
+    allowed = (torch.int64,) if is_exact(request) else (torch.int64, torch.float64)
     wrong = [str(p.dtype) for part in parts for p in part if p.dtype not in allowed]
     if wrong:
-        raise TypeError(f"a reduction returns int64{'' if exact else ' or float64'}, not {wrong[0]}")
-    return parts
+        raise TypeError(f"a reduction returns int64{'' if is_exact(request) else ' or float64'}, not {wrong[0]}")
+    return [tuple(p.cpu() for p in part) for part in parts]
 
 
 def blocks(chunk: Chunk, unit: Unit) -> Iterator[Chunk]:
@@ -235,9 +263,9 @@ def shape_for(unit: Unit, shape: tuple[int, ...]) -> tuple[int, ...]:
     if unit == "tensor":
         return shape
     if unit == "element":
-        return (int(np.prod(shape, dtype=np.int64)),)
+        return (prod(shape),)
     rows = shape[0] if len(shape) > 1 else 1
-    return (rows, int(np.prod(shape, dtype=np.int64)) // max(rows, 1))
+    return (rows, prod(shape) // max(rows, 1))
 
 
 @contextmanager

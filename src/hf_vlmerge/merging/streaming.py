@@ -1,7 +1,7 @@
 """Reading groups in chunks, and serving what programs ask for before they can merge."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from math import prod
@@ -13,12 +13,21 @@ from torch import Tensor
 
 from .errors import MergeError
 from .groups import MergeGroup, Ref, Sources
-from .program import BLOCK, Chunk, Read, Step, Unit, WholeModel, begin, resume, shape_for, total
+from .program import BLOCK, Chunk, Read, Reads, Step, Unit, WholeModel, begin, resume, shape_for, total
 from .registry import Method
 from .tensors.dtypes import all_finite, is_mergeable
 
-CHUNK_SIZE = 1 << 18  # elements of one member: with its temporaries, what stays in a core's own cache
+CHUNK_SIZE = BLOCK  # elements of one member: with its temporaries, what stays in a core's own cache
+SAMPLED_RUN = 256  # elements of a sample that lie side by side
+SAMPLED_RUNS, SAMPLED_PART = 256, 1 << 14  # at least so many runs, one of every so many elements of a large tensor
+RUN = 1 << 20  # elements of one member whose chunks are handed out together
 PROBE = 1 << 12  # elements that are compared first: tensors that differ usually differ at once
+
+
+@cache
+def weights_of(numbers: tuple[float, ...]) -> Tensor:
+    """A group's weights as chunks hold them; the same for all of its chunks."""
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,6 @@ class Reader:
     allow_nonfinite: bool = False
     seed: int = 0
     device: str = "cpu"
-    held: dict[tuple, Tensor] | None = None  # runs that were read, where they are read again
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
@@ -38,25 +46,17 @@ class Reader:
 
     def stored(self, ref: Ref, start: int, stop: int) -> Tensor:
         """A run of one input in its own dtype, as it is."""
-        if self.held is None:
-            return self.sources[ref.source].read(ref.key, start, stop)
-        place = (*ref, start, stop)
-        if place not in self.held:
-            self.held[place] = self.sources[ref.source].read(ref.key, start, stop)
-        return self.held[place]
+        return self.sources[ref.source].read(ref.key, start, stop)
 
-    def fill(self, place: Tensor, ref: Ref, start: int, stop: int) -> None:
-        """Read a run of one input into a float32 place of any shape."""
-        place.view(-1).copy_(self.stored(ref, start, stop))
-        self.check(ref, place)
-
-    def check(self, ref: Ref, values: Tensor) -> None:
-        """Refuse NaN and Inf. The sum of finite values is finite unless it overflows, and far cheaper than a look at
-        each of them."""
-        if self.allow_nonfinite or math.isfinite(values.sum()) or all_finite(values):
+    def check(self, refs: Sequence[Ref], values: Tensor) -> None:
+        """Refuse NaN and Inf; values (inputs, entries). The sum of finite values is finite unless it overflows, and far
+        cheaper than a look at each of them."""
+        if self.allow_nonfinite or math.isfinite(values.sum()):
             return
-        bad, label = "NaN" if values.isnan().any() else "Inf", self.sources[ref.source].label
-        raise MergeError(f"{ref.key} of {label} ({ref.source}) contains {bad}; allow it or mend it")
+        for ref, own in zip(refs, values, strict=True):
+            if not all_finite(own):
+                bad, label = "NaN" if own.isnan().any() else "Inf", self.sources[ref.source].label
+                raise MergeError(f"{ref.key} of {label} ({ref.source}) contains {bad}; allow it or mend it")
 
     def check_copied(self, group: MergeGroup) -> None:
         """The same for a tensor that is copied."""
@@ -65,31 +65,61 @@ class Reader:
             return
         for start, stop in self.spans(group, "element"):
             values = self.stored(ref, start, stop)
-            self.check(ref, values.float() if values.dtype.itemsize == 1 else values)
+            self.check([ref], (values.float() if values.dtype.itemsize == 1 else values)[None])
+
+    def step(self, group: MergeGroup, unit: Unit) -> int:
+        """Elements of a chunk: a number of whole blocks of the unit."""
+        if unit == "tensor":
+            return max(1, prod(group.shape))
+        width = max(1, shape_for(unit, group.shape)[1]) if unit == "row" else 1
+        block = max(1, BLOCK // width) * width
+        return max(1, self.chunk_size // block) * block
 
     def spans(self, group: MergeGroup, unit: Unit) -> Iterator[tuple[int, int]]:
-        """Flat (start, stop) of each chunk: a number of whole blocks of the unit. A tensor without elements is one."""
-        total, width = prod(group.shape), 1
-        if unit == "row":
-            width = max(1, shape_for(unit, group.shape)[1])
-        block = max(1, BLOCK // width) * width
-        step = max(1, total) if unit == "tensor" else max(1, self.chunk_size // block) * block
-        return ((start, min(start + step, total)) for start in range(0, max(1, total), step))
+        """Flat (start, stop) of each run of chunks. A tensor without elements has one, too."""
+        size, step = prod(group.shape), self.step(group, unit)
+        length = max(1, RUN // step) * step
+        return ((start, min(start + length, size)) for start in range(0, max(1, size), length))
 
-    def chunk(self, group: MergeGroup, unit: Unit, start: int, stop: int) -> Chunk:
-        """One chunk of a group, in float32."""
-        view = shape_for(unit, group.shape)
+    def chunks_of(self, group: MergeGroup, unit: Unit, start: int, stop: int) -> Iterator[Chunk]:
+        """The chunks of a run, in float32."""
+        view, step = shape_for(unit, group.shape), self.step(group, unit)
         shape = view if unit == "tensor" or 0 in view else (-1, *view[1:])
-        host = torch.empty(len(group.inputs) + (group.base is not None), stop - start, pin_memory=self.device != "cpu")
-        for place, ref in zip(host, (*group.inputs, *filter(None, (group.base,))), strict=True):
-            self.fill(place, ref, start, stop)
-        values = host.to(self.device, non_blocking=True)
+        stored = [self.stored(ref, start, stop) for ref in group.refs]
+        for at in range(start, max(stop, start + 1), step):
+            end = min(at + step, stop)
+            values = self.empty(group, end - at)
+            for place, run in zip(values.unbind(), stored, strict=True):
+                place.copy_(run[at - start : end - start])
+            own = tuple(self.statistic(r, shape, unit, at, end) for r in group.statistics)
+            yield self.chunk(group, values, shape, at, own)
+
+    def sample(self, group: MergeGroup) -> Chunk:
+        """Some entries of a group as one chunk of unit "element": short runs from all over it, or all there is."""
+        size = prod(group.shape)
+        count = max(SAMPLED_RUNS, size // SAMPLED_PART)
+        length, step = SAMPLED_RUN, size // count - SAMPLED_RUN - 1  # not in step with the rows
+        if size < 4 * SAMPLED_RUN * count:
+            count, length, step = 1, size, size
+        values = self.empty(group, count * length)
+        for ref, place in zip(group.refs, values.view(-1, count, length).unbind(), strict=True):
+            place.copy_(self.stored(ref, 0, count * step).view(count, step)[:, :length])
+        return self.chunk(group, values, (-1,), 0)
+
+    def empty(self, group: MergeGroup, count: int) -> Tensor:
+        """A place for ``count`` entries of each input."""
+        return torch.empty(len(group.refs), count, pin_memory=self.device != "cpu")
+
+    def chunk(self, group: MergeGroup, values: Tensor, shape: Sequence[int], start: int, own: tuple = ()) -> Chunk:
+        """The chunk of these values (inputs, entries), on the device. ``own``: its part of the statistics."""
+        self.check(group.refs, values)
+        values, members = values.to(self.device, non_blocking=True), len(group.inputs)
         return Chunk(
-            x=values[: len(group.inputs)].reshape(len(group.inputs), *shape),
-            base=None if group.base is None else values[-1].reshape(shape),
+            x=values[:members].view(members, *shape),
+            base=None if group.base is None else values[-1].view(shape),
             members=group.members,
-            weights=torch.tensor(group.weights, dtype=torch.float64),
-            statistics=tuple(self.statistic(r, shape, unit, start, stop) for r in group.statistics),
+            weights=weights_of(group.weights),
+            statistics=own,
             tokens=group.tokens,
             name=group.output,
             start=start,
@@ -105,13 +135,14 @@ class Reader:
         values = source[ref.key] if unit == "tensor" else source.read(ref.key, start, stop).float().reshape(shape)
         return values.to(self.device)
 
-    def reads(self, group: MergeGroup, unit: Unit) -> list[Read]:
-        """A call for each of the group's chunks, in flat order, that reads it."""
-        return [partial(self.chunk, group, unit, *span) for span in self.spans(group, unit)]
+    def reads(self, group: MergeGroup, unit: Unit) -> Reads:
+        """A call for each run of the group's chunks, in flat order, that reads it."""
+        calls = (partial(self.chunks_of, group, unit, *span) for span in self.spans(group, unit))
+        return Reads(calls, partial(self.sample, group))
 
     def chunks(self, group: MergeGroup, unit: Unit) -> Iterator[Chunk]:
         """The group's chunks in flat order, in float32."""
-        return (read() for read in self.reads(group, unit))
+        return (chunk for read in self.reads(group, unit) for chunk in read())
 
     def all_equal(self, group: MergeGroup, refs: tuple[Ref, ...]) -> bool:
         """Whether these tensors are the same bytes; stops at the first run that differs."""

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from .errors import MergeError
 from .groups import COPY, MergeGroup, Ref, Sources
-from .measurement import Asked, DistanceReport, Pairs, Reference, as_recipe, measure, place
+from .measurement import CHUNK_SIZE, Asked, DistanceReport, Pairs, Reference, as_recipe, measure, place
 from .planning import open_sources, plan
 from .program import single_thread
 from .registry import list_distances
 from .statistics import statistic_key, token_count
-from .streaming import CHUNK_SIZE, Reader
+from .streaming import Reader
 
 VERDICTS = ("well", "with care", "badly")
 BOUNDS = (0.01, 0.03)  # of the cosine dissimilarity of weights: up to "well", above "badly"

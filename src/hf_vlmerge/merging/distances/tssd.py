@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .._ops import Scope, kth_magnitude, soft_sign_terms, soft_sign_value, trim_
+from .._ops import Scope, kth_magnitude, soft_sign_terms, soft_sign_value, trimmer
 from ..registry import Chunk, PerMember, Program, distance_metric
 
 
@@ -13,9 +13,9 @@ def tssd(*, keep_fraction: PerMember = 0.2, scope: Scope = "tensor") -> Program:
     keep_fraction: share of the largest magnitudes that each member keeps. scope: whether that share is taken of every
     tensor or of the whole model. An entry that only one member keeps counts as agreement (its term is 0).
     """
-    threshold = yield from kth_magnitude(keep_fraction, scope)
+    trim_ = trimmer((yield from kth_magnitude(keep_fraction, scope)))
 
     def terms(c: Chunk) -> tuple[Tensor, Tensor]:
-        return soft_sign_terms(trim_(c.x.clone(), threshold))
+        return soft_sign_terms(trim_(c.x.clone()))
 
     return terms, soft_sign_value

@@ -9,7 +9,7 @@ from .._ops import (
     l1_factors,
     normalized,
     rescale_,
-    weighted_sum,
+    weighted_sum_,
 )
 from ..registry import Chunk, PerMember, Program, merge_method
 
@@ -41,12 +41,12 @@ def breadcrumbs(
     """
     check_shares("density", density)
     check_shares("gamma", gamma)
-    sparse = yield from breadcrumbs_window(density, gamma, ranked_over)
-    factors = yield from l1_factors(sparse, rescale)
+    trim_ = yield from breadcrumbs_window(density, gamma, ranked_over)
+    factors = yield from l1_factors(lambda c: trim_(c.deltas()), rescale)
 
     def merge(c: Chunk) -> Tensor:
-        tau = rescale_(sparse(c), factors)
+        tau = rescale_(trim_(c.deltas_()), factors)
         weights = c.weights.tolist()
-        return weighted_sum(tau, normalized(weights) if normalize else weights).mul_(scale).add_(c.base)
+        return weighted_sum_(tau, normalized(weights) if normalize else weights).mul_(scale).add_(c.base)
 
     return merge

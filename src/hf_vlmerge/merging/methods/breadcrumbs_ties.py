@@ -54,12 +54,12 @@ def breadcrumbs_ties(
     """
     check_shares("density", density)
     check_shares("gamma", gamma)
-    sparse = yield from breadcrumbs_window(density, gamma, ranked_over)
-    zero = yield from sign_of_zero(zero_sign, sparse, "tensor")
-    factors = yield from l1_factors(sparse, rescale)
+    trim_ = yield from breadcrumbs_window(density, gamma, ranked_over)
+    zero = yield from sign_of_zero(zero_sign, lambda c: trim_(c.deltas()), "tensor")
+    factors = yield from l1_factors(lambda c: trim_(c.deltas()), rescale)
 
     def merge(c: Chunk) -> Tensor:
-        tau = rescale_(sparse(c), factors)
+        tau = rescale_(trim_(c.deltas_()), factors)
         weights = c.weights.tolist()
         tau = elect_and_merge_(tau, weights, elect=elect, normalize=normalize, mean=mean, zero=zero)
         return tau.mul_(scale).add_(c.base)

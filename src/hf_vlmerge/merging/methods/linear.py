@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .._ops import normalized, weighted_sum
+from .._ops import normalized, weighted_sum_
 from ..registry import Chunk, merge_method
 
 
@@ -28,6 +28,6 @@ def linear(*, normalize: bool = True) -> Callable[[Chunk], Tensor]:
 
     def merge(c: Chunk) -> Tensor:
         weights = c.weights.tolist()
-        return weighted_sum(c.x, normalized(weights) if normalize else weights)
+        return weighted_sum_(c.x, normalized(weights) if normalize else weights)
 
     return merge

@@ -36,7 +36,7 @@ def sce(
     check_shares("select_topk", [select_topk])
     least = 0.0
     if select_topk < 1:
-        (differing,) = yield Counts(lambda c: (torch.count_nonzero(variance(c)).reshape(1),))
+        (differing,) = yield Counts(lambda chunks: (sum(torch.count_nonzero(variance(c)) for c in chunks),))
         rank = int(select_topk * int(differing))
         least = float((yield from kth_largest(variance, lambda row, entries: [rank])))
 

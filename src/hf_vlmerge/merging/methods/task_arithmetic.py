@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .._ops import normalized, weighted_deltas
+from .._ops import normalized, weighted_sum_
 from ..registry import Chunk, merge_method
 
 
@@ -23,6 +23,6 @@ def task_arithmetic(*, scale: float = 1.0, normalize: bool = False) -> Callable[
 
     def merge(c: Chunk) -> Tensor:
         weights = c.weights.tolist()
-        return weighted_deltas(c, normalized(weights) if normalize else weights).mul_(scale).add_(c.base)
+        return weighted_sum_(c.deltas_(), normalized(weights) if normalize else weights).mul_(scale).add_(c.base)
 
     return merge

@@ -14,7 +14,7 @@ from .._ops import (
     l1_factors,
     rescale_,
     sign_of_zero,
-    trim_,
+    trimmer,
 )
 from ..registry import Chunk, PerMember, Program, merge_method
 
@@ -49,12 +49,12 @@ def ties(
     zero: none as in the formula, positive, or the majority's over the scope. rescale: to the L1 norm before trimming.
     """
     check_shares("density", density)
-    threshold = yield from kth_magnitude(density, scope, delta_magnitudes)
-    zero = yield from sign_of_zero(zero_sign, lambda c: trim_(c.deltas(), threshold), scope)
-    factors = yield from l1_factors(lambda c: trim_(c.deltas(), threshold), rescale)
+    trim_ = trimmer((yield from kth_magnitude(density, scope, delta_magnitudes)))
+    zero = yield from sign_of_zero(zero_sign, lambda c: trim_(c.deltas()), scope)
+    factors = yield from l1_factors(lambda c: trim_(c.deltas()), rescale)
 
     def merge(c: Chunk) -> Tensor:
-        tau = rescale_(trim_(c.deltas(), threshold), factors)  # 1. trim
+        tau = rescale_(trim_(c.deltas_()), factors)  # 1. trim
         weights = c.weights.tolist()
         tau = elect_and_merge_(tau, weights, elect=elect, normalize=normalize, mean=mean, zero=zero)  # 2. and 3.
         return tau.mul_(scale).add_(c.base)

@@ -1,10 +1,12 @@
-"""One safetensors file: its header is parsed and checked here, its tensors are read piece by piece.
+"""One safetensors file: its header is parsed and checked here, its tensors are mapped into memory.
 
-Reading is by position into fresh memory, not through a memory map: a file that shrinks under a map kills the process,
-a short read is an error with a name.
+What is read is a view of the file's pages, which are private: whoever writes to it changes no file. A file that becomes
+shorter is told from its length at every read. (One that shrinks within a read ends the process; a merge goes on from
+there when it is called again.)
 """
 
 import json
+import mmap
 import os
 from math import prod
 from pathlib import Path
@@ -33,6 +35,8 @@ class SafetensorsFile:
         self.descriptor = os.open(path, os.O_RDONLY)
         try:
             self.entries, self.metadata = self._read_header()
+            # the map lives as long as a tensor that shows some of it
+            self.bytes = torch.frombuffer(mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
         except BaseException:
             self.close()
             raise
@@ -74,18 +78,14 @@ class SafetensorsFile:
         return {key: entries[key] for key in header}, dict(metadata or {})
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) of a tensor in flat order, in a tensor of their own."""
+        """Elements [start, stop) of a tensor in flat order, as a view."""
         entry = self.entries[key]
-        stop = prod(entry.shape) if stop is None else stop
-        data = torch.empty(max(stop - start, 0), dtype=entry.dtype)
-        if data.numel():
-            view, at = memoryview(data.view(torch.uint8).numpy()), entry.offset + start * entry.dtype.itemsize
-            while view:
-                got = os.preadv(self.descriptor, [view], at)
-                if got == 0:
-                    raise MergeError(f"{self.path.name} became shorter while it was read ({key})")
-                view, at = view[got:], at + got
-        return data
+        size, count = entry.dtype.itemsize, prod(entry.shape)
+        first, last = (entry.offset + min(at, count) * size for at in (start, count if stop is None else stop))
+        if os.fstat(self.descriptor).st_size < last:
+            raise MergeError(f"{self.path.name} became shorter while it was read ({key})")
+        data = self.bytes[first : max(first, last)]
+        return (data if first % size == 0 else data.clone()).view(entry.dtype)
 
 
 def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -59,7 +59,7 @@ class TensorSource(Mapping[str, Tensor]):
 
     @abstractmethod
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) in flat order, in the stored dtype.
+        """Elements [start, stop) in flat order, in the stored dtype. May be a view, which is not to be written to.
 
         A source that computes its tensors (base + adapter) may return float32 in place of ``dtype(key)``, so that
         whoever merges rounds once. What it returns for an element never depends on the run that was asked for.
@@ -170,6 +170,9 @@ class SafetensorsSource(TensorSource):
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
         return self.where[self.require(key)].read(key, start, stop)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return super().__getitem__(key).clone()  # of its own: whoever takes a whole tensor may write to it
 
     def extent(self, key: str) -> tuple[int, int] | None:
         file = self.where[self.require(key)]
