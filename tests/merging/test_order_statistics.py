@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_vlmerge.merging import _ops
-from hf_vlmerge.merging._ops import delta_magnitudes, kth_largest, magnitudes
+from hf_vlmerge.merging import _order
+from hf_vlmerge.merging._order import delta_magnitudes, kth_largest, magnitudes
 from hf_vlmerge.merging.program import BLOCK, Chunk, Reads, begin, complete
 from hf_vlmerge.merging.registry import MergeMethod
 from hf_vlmerge.merging.streaming import Job, settle_whole_model
@@ -45,10 +45,10 @@ CASES = {
 }
 SAMPLES = {
     "all": lambda c: c,
-    "one of 64": lambda c: replace(c, x=c.x[:, ::64]),
-    "one": lambda c: replace(c, x=c.x[:, :1]),
-    "all too large": lambda c: replace(c, x=c.x.abs()[:, ::64] * 1e6 + 1),
-    "all zero": lambda c: replace(c, x=c.x[:, ::64] * 0),
+    "one of 64": lambda c: replace(c, x=c.x[:, ::64], stands_for=c.size),
+    "one": lambda c: replace(c, x=c.x[:, :1], stands_for=c.size),
+    "all too large": lambda c: replace(c, x=c.x.abs()[:, ::64] * 1e6 + 1, stands_for=c.size),
+    "all zero": lambda c: replace(c, x=torch.zeros_like(c.x[:, ::64]), stands_for=c.size),
 }
 
 
@@ -57,7 +57,7 @@ SAMPLES = {
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_are_exact_whatever_the_sample_says(case, sample, gathered, monkeypatch):
     """By selection and, where that would hold too much, by counting."""
-    monkeypatch.setattr(_ops, "GATHERED", gathered)
+    monkeypatch.setattr(_order, "GATHERED", gathered)
     x = CASES[case]()
     expected = x.abs().sort(1, descending=True).values[:, [rank - 1 for rank in RANKS]]
     for size in (BLOCK, 4 * BLOCK):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_vlmerge.merging._ops import dots, kth_magnitude
+from hf_vlmerge.merging._ops import dots
+from hf_vlmerge.merging._order import kth_magnitude
 from hf_vlmerge.merging.program import BLOCK, Chunk, WholeModel, begin, blocks, complete, shape_for, total
 from hf_vlmerge.merging.registry import MergeMethod
 from hf_vlmerge.merging.streaming import Job, settle_whole_model

@@ -6,21 +6,17 @@ floats several times faster than into bool, and multiplies by them faster still.
 place.
 """
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations_with_replacement
-from math import inf, sqrt
-from typing import Any, Literal, NamedTuple
+from math import inf
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .registry import Chunk, Counts, Gather, MergeError, Program, Sample, WholeModel
-
-Scope = Literal["tensor", "global"]
-Values = Callable[[Chunk], Tensor]  # what a program asks about: (rows, n), for example one row a member
-
+from ._order import Scope, Values, delta_magnitudes, kth_largest
+from .registry import Chunk, Counts, MergeError, Program, WholeModel
 
 # Sums over members
 
@@ -100,210 +96,6 @@ def products(x: Tensor, dim: int | None = None) -> Tensor:
     for i, j in combinations_with_replacement(range(count), 2):
         gram[i, j] = gram[j, i] = rows[j][i]
     return gram
-
-
-# Order statistics of magnitudes, exactly
-
-INFINITY = 0x7F800000  # as the bits of a float32; the bits of non-negative values are ordered like the values
-BINS = 1 << 16
-OCTAVE, FIRST, SAMPLED = 8, 99 << 8, 1 << 13  # bins an octave as a power of two; 32 octaves from 2^-28 on
-GATHERED = 1 << 22  # values that are held at once to be sorted in part
-
-
-class Bracket(NamedTuple):
-    """Bit patterns ``low`` to ``high``, both included, among which the value of ``rank`` (1: the largest) is sought.
-
-    About ``expected`` values lie in it, as far as is known.
-    """
-
-    rank: int
-    low: int
-    high: int
-    expected: int = 0
-
-    @property
-    def shift(self) -> int:
-        """Patterns share a bin where they agree but for this many bits."""
-        return max(0, (self.high - self.low).bit_length() - BINS.bit_length() + 1)
-
-    @property
-    def is_open(self) -> bool:
-        return self.low < self.high
-
-    def at(self, pattern: int) -> "Bracket":
-        return self._replace(low=pattern, high=pattern, expected=0)
-
-    def above(self) -> "Bracket":
-        return self._replace(low=self.high + 1, high=INFINITY, expected=GATHERED)
-
-    def below(self) -> "Bracket":
-        """What lies below; where only zeros do, their pattern."""
-        return self._replace(low=0, high=max(self.low - 1, 0), expected=GATHERED)
-
-
-Brackets = list[list[Bracket]]  # one list a row of values
-
-
-def magnitudes(c: Chunk) -> Tensor:
-    """|members|, one row a member."""
-    return c.x.abs()
-
-
-def delta_magnitudes(c: Chunk) -> Tensor:
-    """|members - base|, one row a member."""
-    return c.deltas().abs_()
-
-
-def kth_magnitude(
-    keep: Sequence[float], scope: Scope, values: Values = magnitudes
-) -> Generator[Any, tuple[Tensor, ...], Tensor]:
-    """Program: the smallest magnitude among the ``keep`` share of largest ones, exactly, (members,) float32.
-
-    Its rank is k = max(1, int(keep * entries)); of a share of 0 it is infinity.
-    """
-    ranks = lambda row, entries: [max(1, int(keep[row] * entries)) if keep[row] > 0 else 0]  # noqa: E731
-    return (yield from kth_largest(values, ranks, scope))[:, 0]
-
-
-def kth_largest(
-    values: Values, ranks: Callable[[int, int], list[int]], scope: Scope = "tensor", *, rows: bool = False
-) -> Generator[Any, tuple[Tensor, ...], Tensor]:
-    """Program: the values of given ranks, exactly, (rows, ranks) float32; values are not negative.
-
-    ``ranks(row, entries)`` names the ranks that are wanted of a row, 1 for the largest; for rank 0 the answer is
-    infinity. ``rows``: a value depends on its whole row, not on its own entry alone.
-
-    A sample of the entries gives a bracket for each rank. A pass over all of them counts what lies above a bracket and
-    gathers what lies in it, to be sorted in part. Where that may be too much, of whole models above all, passes count
-    what falls into each of a bracket's bins, and narrow it until it holds one bit pattern. A bracket that misses is
-    found out by its own counts, so the sample can cost a pass, never the result.
-    """
-    ask = WholeModel if scope == "global" else (lambda request: request)
-    flat = (lambda c: values(c)) if rows else (lambda c: values(flattened(c)))
-    sampled, sizes, of = yield ask(Sample(lambda c, entries: sample(flat(c), entries), rows))
-    brackets = [
-        [first_bracket(row, size, count, rank) for rank in ranks(i, size)]
-        for i, (row, size, count) in enumerate(zip(sampled.numpy(), sizes.tolist(), of.tolist(), strict=True))
-    ]
-    if scope == "tensor" and 0 < sum(b.expected for row in brackets for b in row) <= GATHERED:
-        split = splitter(brackets)
-        above, *found = yield Gather(lambda c: gathered(split(flat(c))))
-        chosen = map(select, (b for row in brackets for b in row), above.sum(0).tolist(), found)
-        brackets = [[next(chosen) for _ in row] for row in brackets]
-    while any(b.is_open for row in brackets for b in row):
-        split = splitter(brackets)
-        (counts,) = yield ask(Counts(lambda chunks: (counted(map(split, map(flat, chunks)), brackets),)))  # noqa: B023
-        brackets = [
-            [narrowed(b, n) for b, n in zip(row, own, strict=True)]
-            for row, own in zip(brackets, counts.numpy(), strict=True)
-        ]
-    return torch.tensor([[b.low for b in row] for row in brackets], dtype=torch.int32).view(torch.float32)
-
-
-def flattened(c: Chunk) -> Chunk:
-    """The chunk as unit "element" shows it."""
-    return c if c.x.ndim == 2 else replace(c, x=c.x.flatten(1), base=None if c.base is None else c.base.flatten())
-
-
-def sample(values: Tensor, entries: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts of values by their upper bits (rows, SAMPLED), each as many as it stands for; how many entries the values
-    stand for, and how many values there are (rows,)."""
-    patterns = values.flatten(1).contiguous().cpu().view(torch.int32)
-    bins = (patterns >> (23 - OCTAVE)).sub_(FIRST).clamp_(0, SAMPLED - 1)
-    counts = torch.stack([torch.bincount(row, minlength=SAMPLED) for row in bins])
-    rows, count = patterns.shape
-    counts *= round(entries / max(1, count))
-    return counts, torch.full((rows,), entries), torch.full((rows,), count)
-
-
-def first_bracket(counts: np.ndarray, size: int, sampled: int, rank: int) -> Bracket:
-    """Where the value of a rank should lie, by the sample's counts: three standard deviations to either side."""
-    if rank < 1 or not sampled:
-        return Bracket(rank, INFINITY, INFINITY)
-    total, share = int(counts.sum()), min(rank / size, 1.0)
-    margin = 0.0 if sampled == size else total * (3 * sqrt(share * (1 - share) / sampled) + 2 / sampled)
-    above = np.cumsum(counts[::-1])  # from the largest bin down
-    limits = np.clip([share * total - margin, share * total + margin], 1, total)
-    upper, lower = (SAMPLED - 1 - np.searchsorted(above, limits)).tolist()
-    low = 0 if lower == 0 else (FIRST + lower) << (23 - OCTAVE)
-    high = INFINITY if upper == SAMPLED - 1 else ((FIRST + upper + 1) << (23 - OCTAVE)) - 1
-    return Bracket(rank, low, high, int(counts[lower : upper + 1].sum()))
-
-
-Parts = list[tuple[int, np.ndarray]]  # for every bracket of the first row, the second row, …
-
-
-def splitter(brackets: Brackets) -> Callable[[Tensor], Parts]:
-    """A function of values (rows, n): how many of a row lie above a bracket, and those in it but for zeros.
-
-    On the host, in NumPy: its comparisons into bool and selections by bool are much faster.
-    """
-    limits = np.array([[(max(b.low, 1), b.high) for b in row] for row in brackets], np.int32).view(np.float32)
-    ranks = [(limits[:, [i], 0], limits[:, [i], 1]) for i in range(limits.shape[1])]  # lows, highs: (rows, 1)
-
-    def split(values: Tensor) -> Parts:
-        rows = values.flatten(1).cpu().numpy()
-        columns = [divided(rows, low, high) for low, high in ranks]
-        return [part for parts in zip(*columns, strict=True) for part in parts]
-
-    return split
-
-
-def divided(rows: np.ndarray, low: np.ndarray, high: np.ndarray) -> Parts:
-    """How many values of each row lie above ``high``, and those from ``low`` to ``high``."""
-    above, inside = rows > high, rows >= low
-    inside ^= above
-    places = np.flatnonzero(inside)
-    ends = np.searchsorted(places, np.arange(len(rows) + 1) * rows.shape[1]).tolist()
-    found = rows.reshape(-1).take(places)
-    return [(np.count_nonzero(row), found[a:b]) for row, a, b in zip(above, ends[:-1], ends[1:], strict=True)]
-
-
-def gathered(parts: Parts) -> tuple[Tensor, ...]:
-    """How many values lie above each bracket (1, brackets), then for each the values in it."""
-    return torch.tensor([[above for above, _ in parts]]), *(torch.from_numpy(inside) for _, inside in parts)
-
-
-def select(b: Bracket, above: int, found: Tensor) -> Bracket:
-    """The bracket at the value of its rank, or where that must be if it was missed."""
-    inside = found.numpy()
-    if not b.is_open:
-        return b
-    if b.rank <= above:
-        return b.above()
-    if b.rank > above + len(inside):
-        return b.below()
-    place = len(inside) - (b.rank - above)
-    inside.partition(place)
-    return b.at(int(inside[place : place + 1].view(np.int32)[0]))
-
-
-def counted(found: Iterable[Parts], brackets: Brackets) -> Tensor:
-    """For each row and bracket how many values lie above it, then how many in each of its bins.
-
-    (rows, ranks, 1 + BINS).
-    """
-    each = [b for row in brackets for b in row]
-    result = np.zeros((len(each), 1 + BINS), np.int64)
-    for own, b, parts in zip(result, each, zip(*found, strict=True), strict=True):
-        own[0] = sum(above for above, _ in parts)
-        if b.is_open:
-            patterns = np.concatenate([inside for _, inside in parts]).view(np.int32) - np.int32(b.low)
-            own[1:] = np.bincount(patterns >> b.shift, minlength=BINS)
-    return torch.from_numpy(result.reshape(len(brackets), -1, 1 + BINS))
-
-
-def narrowed(b: Bracket, counts: np.ndarray) -> Bracket:
-    """The bin of the bracket that holds the rank, or what lies above or below a bracket that missed."""
-    if not b.is_open:
-        return b
-    above = counts[0] + np.cumsum(counts[:0:-1])  # values in this bin or a higher one, from the highest down
-    if b.rank <= counts[0]:
-        return b.above()
-    if b.rank > above[-1]:
-        return b.below()
-    low = b.low + ((BINS - 1 - int(np.searchsorted(above, b.rank))) << b.shift)
-    return b._replace(low=low, high=min(b.high, low + (1 << b.shift) - 1))
 
 
 # Sparse task vectors

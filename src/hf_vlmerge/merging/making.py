@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._ops import GATHERED
+from ._order import GATHERED
 from .errors import MergeError
 from .groups import COPY, MergeGroup, Ref, Sources
 from .program import BLOCK, Chunk, Read, complete, shape_for

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .errors import MergeError
 from .groups import COPY, MergeGroup
 from .planning import open_sources, plan
-from .program import Chunk, Request, Unit, added, partial_sums, resume, single_thread
+from .program import Chunk, Request, Sample, Unit, added, partial_sums, resume, single_thread
 from .recipe import Member, Recipe
 from .registry import Distance, get_distance
 from .streaming import Job, Reader, settle_whole_model
@@ -192,7 +192,8 @@ def measured(pairs: list[Pair], reader: Reader) -> Iterator[tuple[Pair, tuple[Te
     """The sums of every distance of one group. Whatever the pairs ask for next is answered for all of them at once."""
     held: dict[Unit, list[Chunk]] = {}
     if prod(pairs[0].whole.shape) * len(pairs[0].whole.members) <= HELD:
-        held = {unit: list(reader.chunks(pairs[0].whole, unit)) for unit in {p.method.unit for p in pairs}}
+        units = {p.method.unit for p in pairs}
+        held = {unit: list(map(lasting, reader.chunks(pairs[0].whole, unit))) for unit in units}
     while pairs:
         sums: dict[int, tuple[Tensor, ...]] = {}
         for unit in sorted({p.method.unit for p in pairs}):
@@ -211,9 +212,15 @@ def measured(pairs: list[Pair], reader: Reader) -> Iterator[tuple[Pair, tuple[Te
         pairs = waiting
 
 
+def lasting(chunk: Chunk) -> Chunk:
+    """A chunk in memory of its own."""
+    return replace(chunk, x=chunk.x.clone(), base=None if chunk.base is None else chunk.base.clone())
+
+
 def wanted(pair: Pair) -> Request:
-    """What a distance wants summed next: what its program asks for, at last its own terms."""
-    return pair.step.result[0] if pair.step.request is None else pair.step.request
+    """What a distance wants summed next: what its program asks for (all chunks are the sample), at last its terms."""
+    request = pair.step.result[0] if pair.step.request is None else pair.step.request
+    return request.reduce if isinstance(request, Sample) else request
 
 
 def as_recipe(what: Any, base: str | None) -> tuple[Recipe, dict[str, Any]]:

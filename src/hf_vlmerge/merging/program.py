@@ -49,9 +49,10 @@ class Chunk:
     Shapes: ``x`` is (members, n) for unit "element", (members, rows, columns) for "row", (members, *shape) for
     "tensor"; ``base`` the same without the first axis; ``weights`` (members,) float64. ``statistics`` and ``tokens``
     (the number of input rows behind each statistic) come in member order. ``start`` is the first element's flat index,
-    ``size`` the number of elements of the whole tensor (0: there are no others).
+    ``size`` the number of elements of the whole tensor (0: there are no others). A chunk that is a sample says of how
+    many entries (``stands_for``).
 
-    A reduction leaves a chunk as it is; the function that merges it is the last to see it, and may use ``x`` up.
+    A chunk is read anew for every request and for the merge, so whoever is given one may use ``x`` up.
     """
 
     x: Tensor
@@ -64,13 +65,14 @@ class Chunk:
     start: int = 0
     seed: int = 0
     size: int = 0
+    stands_for: int = 0
 
     def deltas(self) -> Tensor:
         """Task vectors (modality vectors): members minus base, shaped like ``x``."""
         return self.x - self.base
 
     def deltas_(self) -> Tensor:
-        """The same in the place of ``x``, for the function that merges."""
+        """The same in the place of ``x``, which is used up: less has to stay in the cache."""
         return self.x.sub_(self.base)
 
     def keep(self, member: str, probability: float | Tensor) -> Tensor:
@@ -108,20 +110,18 @@ class Counts(NamedTuple):
     reduce: Callable[[Iterable[Chunk]], tuple[Tensor, ...]]
 
 
-class Sample(NamedTuple):
-    """Counts for which some entries of a tensor will do: it sees a chunk, and the number of entries it stands for.
-
-    ``rows``: the chunk must have whole rows, so it sees every chunk.
-    """
-
-    reduce: Callable[[Chunk, int], tuple[Tensor, ...]]
-    rows: bool = False
-
-
 class Gather(NamedTuple):
-    """Not a sum: what a function of a chunk returns, a tuple of tensors, each joined over the chunks of a tensor."""
+    """Not a sum: what a function of a chunk returns, a tuple of tensors, each joined over a tensor's chunks along its
+    last axis."""
 
     values: Callable[[Chunk], tuple[Tensor, ...]]
+
+
+class Sample(NamedTuple):
+    """A request for which some entries of a tensor will do. ``rows``: not without whole rows, so it sees them all."""
+
+    reduce: Counts | Gather
+    rows: bool = False
 
 
 class WholeModel(NamedTuple):
@@ -198,9 +198,9 @@ def total(
     run: Callable[..., Iterable] = map,
 ) -> tuple[Tensor, ...]:
     """Sum a reduction over all blocks of all chunks, in flat order. ``run`` must keep the order of its results."""
-    if isinstance(request, Sample) and not request.rows and isinstance(chunks, Reads):
-        chunk = chunks.sample()
-        return request.reduce(chunk, chunk.size)
+    if isinstance(request, Sample):
+        chunks = [chunks.sample()] if isinstance(chunks, Reads) and not request.rows else chunks
+        request = request.reduce
     sums: tuple[Tensor, ...] | None = None
     joined = []
     for parts in run(partial(partial_sums, request, unit), chunks):
@@ -209,11 +209,7 @@ def total(
             continue
         for part in parts:
             sums = added(request, sums, part)
-    return tuple(map(torch.cat, zip(*joined, strict=True))) if joined else sums or ()
-
-
-def is_exact(request: Request) -> bool:
-    return isinstance(request, Counts | Sample)
+    return tuple(torch.cat(parts, -1) for parts in zip(*joined, strict=True)) if joined else sums or ()
 
 
 def added(request: Request, sums: tuple[Tensor, ...] | None, part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -221,27 +217,23 @@ def added(request: Request, sums: tuple[Tensor, ...] | None, part: tuple[Tensor,
     if sums is None:
         return tuple(p.clone() for p in part)
     if isinstance(request, Gather):
-        return tuple(map(torch.cat, zip(sums, part, strict=True)))
+        return tuple(torch.cat(both, -1) for both in zip(sums, part, strict=True))
     for value, more in zip(sums, part, strict=True):
         value += more
     return sums
 
 
-def partial_sums(request: Request, unit: Unit, read: Chunk | Read) -> list[tuple[Tensor, ...]]:
+def partial_sums(request: Reduce | Counts | Gather, unit: Unit, read: Chunk | Read) -> list[tuple[Tensor, ...]]:
     """What a reduction makes of a run of chunks: a part a block, or one of all where order does not matter."""
-    chunks = [read] if isinstance(read, Chunk) else read()
+    chunks = [replace(read, x=read.x.clone())] if isinstance(read, Chunk) else read()
     if isinstance(request, Gather):
         return [tuple(value.cpu() for value in request.values(chunk)) for chunk in chunks]
-    if isinstance(request, Counts):
-        parts = [request.reduce(chunks)]
-    elif isinstance(request, Sample):
-        parts = [request.reduce(chunk, chunk.x[0].numel()) for chunk in chunks]
-    else:
-        parts = [request(block) for chunk in chunks for block in blocks(chunk, unit)]
-    allowed = (torch.int64,) if is_exact(request) else (torch.int64, torch.float64)
+    exact = isinstance(request, Counts)
+    parts = [request.reduce(chunks)] if exact else [request(block) for c in chunks for block in blocks(c, unit)]
+    allowed = (torch.int64,) if exact else (torch.int64, torch.float64)
     wrong = [str(p.dtype) for part in parts for p in part if p.dtype not in allowed]
     if wrong:
-        raise TypeError(f"a reduction returns int64{'' if is_exact(request) else ' or float64'}, not {wrong[0]}")
+        raise TypeError(f"a reduction returns int64{'' if exact else ' or float64'}, not {wrong[0]}")
     return [tuple(p.cpu() for p in part) for part in parts]
 
 

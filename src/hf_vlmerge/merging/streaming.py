@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from math import prod
 from threading import Lock
@@ -17,7 +17,7 @@ from .program import BLOCK, Chunk, Read, Reads, Step, Unit, WholeModel, begin, r
 from .registry import Method
 from .tensors.dtypes import all_finite, is_mergeable
 
-CHUNK_SIZE = BLOCK  # elements of one member: with its temporaries, what stays in a core's own cache
+CHUNK_SIZE = 2 * BLOCK  # elements of one member: with its temporaries, what stays in a core's own cache
 SAMPLED_RUN = 256  # elements of a sample that lie side by side
 SAMPLED_RUNS, SAMPLED_PART = 256, 1 << 14  # at least so many runs, one of every so many elements of a large tensor
 RUN = 1 << 20  # elements of one member whose chunks are handed out together
@@ -82,13 +82,14 @@ class Reader:
         return ((start, min(start + length, size)) for start in range(0, max(1, size), length))
 
     def chunks_of(self, group: MergeGroup, unit: Unit, start: int, stop: int) -> Iterator[Chunk]:
-        """The chunks of a run, in float32."""
+        """The chunks of a run, in float32; each lasts until the next one is asked for."""
         view, step = shape_for(unit, group.shape), self.step(group, unit)
         shape = view if unit == "tensor" or 0 in view else (-1, *view[1:])
         stored = [self.stored(ref, start, stop) for ref in group.refs]
         for at in range(start, max(stop, start + 1), step):
             end = min(at + step, stop)
-            values = self.empty(group, end - at)
+            if at == start or end - at < step or self.device != "cpu":  # one place for all of them stays in the cache
+                values = self.empty(group, end - at)
             for place, run in zip(values.unbind(), stored, strict=True):
                 place.copy_(run[at - start : end - start])
             own = tuple(self.statistic(r, shape, unit, at, end) for r in group.statistics)
@@ -104,7 +105,7 @@ class Reader:
         values = self.empty(group, count * length)
         for ref, place in zip(group.refs, values.view(-1, count, length).unbind(), strict=True):
             place.copy_(self.stored(ref, 0, count * step).view(count, step)[:, :length])
-        return self.chunk(group, values, (-1,), 0)
+        return replace(self.chunk(group, values, (-1,), 0), stands_for=size)
 
     def empty(self, group: MergeGroup, count: int) -> Tensor:
         """A place for ``count`` entries of each input."""
@@ -141,7 +142,7 @@ class Reader:
         return Reads(calls, partial(self.sample, group))
 
     def chunks(self, group: MergeGroup, unit: Unit) -> Iterator[Chunk]:
-        """The group's chunks in flat order, in float32."""
+        """The group's chunks in flat order, in float32; each lasts until the next one is asked for."""
         return (chunk for read in self.reads(group, unit) for chunk in read())
 
     def all_equal(self, group: MergeGroup, refs: tuple[Ref, ...]) -> bool:

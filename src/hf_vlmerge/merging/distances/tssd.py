@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from .._ops import Scope, kth_magnitude, soft_sign_terms, soft_sign_value, trimmer
+from .._ops import soft_sign_terms, soft_sign_value, trimmer
+from .._order import Scope, kth_magnitude
 from ..registry import Chunk, PerMember, Program, distance_metric
 
 

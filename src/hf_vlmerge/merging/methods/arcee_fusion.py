@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._ops import kth_largest
+from .._order import kth_largest
 from ..registry import Chunk, Program, merge_method
 
 

@@ -42,7 +42,7 @@ def breadcrumbs(
     check_shares("density", density)
     check_shares("gamma", gamma)
     trim_ = yield from breadcrumbs_window(density, gamma, ranked_over)
-    factors = yield from l1_factors(lambda c: trim_(c.deltas()), rescale)
+    factors = yield from l1_factors(lambda c: trim_(c.deltas_()), rescale)
 
     def merge(c: Chunk) -> Tensor:
         tau = rescale_(trim_(c.deltas_()), factors)

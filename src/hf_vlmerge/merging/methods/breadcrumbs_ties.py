@@ -55,8 +55,8 @@ def breadcrumbs_ties(
     check_shares("density", density)
     check_shares("gamma", gamma)
     trim_ = yield from breadcrumbs_window(density, gamma, ranked_over)
-    zero = yield from sign_of_zero(zero_sign, lambda c: trim_(c.deltas()), "tensor")
-    factors = yield from l1_factors(lambda c: trim_(c.deltas()), rescale)
+    zero = yield from sign_of_zero(zero_sign, lambda c: trim_(c.deltas_()), "tensor")
+    factors = yield from l1_factors(lambda c: trim_(c.deltas_()), rescale)
 
     def merge(c: Chunk) -> Tensor:
         tau = rescale_(trim_(c.deltas_()), factors)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .._ops import RescaleBy, check_shares, drop_, l1_factors, normalized, rescale_, weighted_sum
+from .._ops import RescaleBy, check_shares, drop_, l1_factors, normalized, rescale_, weighted_sum_
 from ..registry import Chunk, PerMember, Program, merge_method
 
 
@@ -28,12 +28,12 @@ def dare_linear(
     weights. rescale: make up for what was dropped. rescale_by: division by the probability, or the tensor's L1 norm.
     """
     check_shares("density", density)
-    sparse = lambda c: drop_(c.deltas(), c, density, rescale and rescale_by == "probability")  # noqa: E731
+    sparse = lambda c: drop_(c.deltas_(), c, density, rescale and rescale_by == "probability")  # noqa: E731
     factors = yield from l1_factors(sparse, rescale and rescale_by == "l1")
 
     def merge(c: Chunk) -> Tensor:
         tau = rescale_(sparse(c), factors)  # drop and rescale
         weights = c.weights.tolist()
-        return weighted_sum(tau, normalized(weights) if normalize else weights).mul_(scale).add_(c.base)
+        return weighted_sum_(tau, normalized(weights) if normalize else weights).mul_(scale).add_(c.base)
 
     return merge

@@ -53,7 +53,7 @@ def dare_ties(
     zero_sign: the sign of a sum that is zero.
     """
     check_shares("density", density)
-    sparse = lambda c: drop_(c.deltas(), c, density, rescale and rescale_by == "probability")  # noqa: E731
+    sparse = lambda c: drop_(c.deltas_(), c, density, rescale and rescale_by == "probability")  # noqa: E731
     zero = yield from sign_of_zero(zero_sign, sparse, "tensor")
     factors = yield from l1_factors(sparse, rescale and rescale_by == "l1")
 

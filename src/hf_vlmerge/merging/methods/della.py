@@ -48,7 +48,7 @@ def della(
     election. normalize: a mean, else a sum. mean: what a mean is divided by. zero_sign: the sign of a sum that is zero.
     """
     check_window(density, epsilon)
-    sparse = lambda c: magprune_(c.deltas(), c, density, epsilon, rescale and rescale_by == "probability")  # noqa: E731
+    sparse = lambda c: magprune_(c.deltas_(), c, density, epsilon, rescale and rescale_by == "probability")  # noqa: E731
     zero = yield from sign_of_zero(zero_sign, sparse, "tensor")
     factors = yield from l1_factors(sparse, rescale and rescale_by == "l1")
 

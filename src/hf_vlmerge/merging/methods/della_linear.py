@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .._ops import RescaleBy, check_window, l1_factors, magprune_, normalized, rescale_, weighted_sum
+from .._ops import RescaleBy, check_window, l1_factors, magprune_, normalized, rescale_, weighted_sum_
 from ..registry import Chunk, PerMember, Program, merge_method
 
 
@@ -32,12 +32,12 @@ def della_linear(
     L1 norm.
     """
     check_window(density, epsilon)
-    sparse = lambda c: magprune_(c.deltas(), c, density, epsilon, rescale and rescale_by == "probability")  # noqa: E731
+    sparse = lambda c: magprune_(c.deltas_(), c, density, epsilon, rescale and rescale_by == "probability")  # noqa: E731
     factors = yield from l1_factors(sparse, rescale and rescale_by == "l1")
 
     def merge(c: Chunk) -> Tensor:
         tau = rescale_(sparse(c), factors)
         weights = c.weights.tolist()
-        return weighted_sum(tau, normalized(weights) if normalize else weights).mul_(scale).add_(c.base)
+        return weighted_sum_(tau, normalized(weights) if normalize else weights).mul_(scale).add_(c.base)
 
     return merge

@@ -5,7 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._ops import ZeroSign, check_shares, disjoint_sum_, elected_signs, kth_largest, mean, sign_of_zero
+from .._ops import ZeroSign, check_shares, disjoint_sum_, elected_signs, mean, sign_of_zero
+from .._order import kth_largest
 from ..registry import Chunk, Counts, Program, merge_method
 
 

@@ -5,17 +5,15 @@ from torch import Tensor
 from .._ops import (
     Elect,
     Mean,
-    Scope,
     ZeroSign,
     check_shares,
-    delta_magnitudes,
     elect_and_merge_,
-    kth_magnitude,
     l1_factors,
     rescale_,
     sign_of_zero,
     trimmer,
 )
+from .._order import Scope, delta_magnitudes, kth_magnitude
 from ..registry import Chunk, PerMember, Program, merge_method
 
 
@@ -50,8 +48,8 @@ def ties(
     """
     check_shares("density", density)
     trim_ = trimmer((yield from kth_magnitude(density, scope, delta_magnitudes)))
-    zero = yield from sign_of_zero(zero_sign, lambda c: trim_(c.deltas()), scope)
-    factors = yield from l1_factors(lambda c: trim_(c.deltas()), rescale)
+    zero = yield from sign_of_zero(zero_sign, lambda c: trim_(c.deltas_()), scope)
+    factors = yield from l1_factors(lambda c: trim_(c.deltas_()), rescale)
 
     def merge(c: Chunk) -> Tensor:
         tau = rescale_(trim_(c.deltas_()), factors)  # 1. trim

@@ -1,0 +1,291 @@
+"""Order statistics of magnitudes, exactly: of a tensor or of the whole model, whatever the size of its chunks.
+
+A sample of the entries gives a bracket for each rank that is wanted. A pass over all of them counts what lies above a
+bracket and gathers what lies in it, to be sorted in part; the one value that is likely is only counted, since numbers
+of few bits tie at it by the million. Where a bracket holds too much, of whole models above all, passes count what falls
+into each of its bins, and narrow it until it holds one bit pattern. A bracket that misses is found out by its own
+counts, so the sample can cost a pass, never the result.
+
+Counting is done on the host, in NumPy: its comparisons into bool and selections by bool are much faster.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
+from math import ceil, sqrt
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .registry import Chunk, Counts, Gather, Sample, WholeModel
+
+Scope = Literal["tensor", "global"]
+Values = Callable[[Chunk], Tensor]  # what a program asks about: (rows, n), for example one row a member
+Ranks = Callable[[int, int], list[int]]  # of a row and its number of entries: 1 is the largest, 0 is infinity
+
+INFINITY = 0x7F800000  # as the bits of a float32; the bits of non-negative values are ordered like the values
+NONE = -1  # as the bits of a float32: a NaN, which no value equals
+BINS = 1 << 16
+OCTAVE, FIRST, SAMPLED = 8, 99 << 8, 1 << 13  # bins an octave as a power of two; 32 octaves from 2^-28 on
+GATHERED = 1 << 22  # values that are held at once to be sorted in part
+THINNED = 1 << 12  # of a chunk that is no sample itself, about so many values are one
+
+
+class Bracket(NamedTuple):
+    """Bit patterns ``low`` to ``high``, both included, among which the value of ``rank`` (1: the largest) is sought.
+
+    ``likely`` is the pattern it has by the sample. About ``expected`` other values lie in the bracket.
+    """
+
+    rank: int
+    low: int
+    high: int
+    likely: int = NONE
+    expected: int = 0
+
+    @property
+    def is_open(self) -> bool:
+        return self.low < self.high or self.likely != NONE
+
+    @property
+    def shift(self) -> int:
+        """Patterns share a bin where they agree but for this many bits."""
+        return max(0, (self.high - self.low).bit_length() - BINS.bit_length() + 1)
+
+    def between(self, low: int, high: int) -> "Bracket":
+        return Bracket(self.rank, low, high)
+
+    def above(self) -> "Bracket":
+        return self.between(self.high + 1, INFINITY)
+
+    def below(self) -> "Bracket":
+        """What lies below; where only zeros do, their pattern."""
+        return self.between(0, max(self.low - 1, 0))
+
+    def without_guess(self) -> "Bracket":
+        return self.between(max(self.low - 1, 0), self.high) if self.likely != NONE else self
+
+
+Brackets = list[list[Bracket]]  # one list a row of values
+
+
+def magnitudes(c: Chunk) -> Tensor:
+    """|members|, one row a member."""
+    return c.x.abs()
+
+
+def delta_magnitudes(c: Chunk) -> Tensor:
+    """|members - base|, one row a member; uses the chunk up."""
+    return c.deltas_().abs_()
+
+
+def kth_magnitude(
+    keep: Sequence[float], scope: Scope, values: Values = magnitudes
+) -> Generator[Any, tuple[Tensor, ...], Tensor]:
+    """Program: the smallest magnitude among the ``keep`` share of largest ones, exactly, (members,) float32.
+
+    Its rank is k = max(1, int(keep * entries)); of a share of 0 it is infinity.
+    """
+    ranks = lambda row, entries: [max(1, int(keep[row] * entries)) if keep[row] > 0 else 0]  # noqa: E731
+    return (yield from kth_largest(values, ranks, scope))[:, 0]
+
+
+def kth_largest(
+    values: Values, ranks: Ranks, scope: Scope = "tensor", *, rows: bool = False
+) -> Generator[Any, tuple[Tensor, ...], Tensor]:
+    """Program: the values of given ranks, exactly, (rows, ranks) float32; values are not negative.
+
+    ``rows``: a value depends on its whole row, not on its own entry alone.
+    """
+    flat = (lambda c: values(c).flatten(1)) if rows else (lambda c: values(flattened(c)))
+    if scope == "tensor":
+        brackets = yield from selected(flat, ranks, rows)
+    else:
+        counts, entries, count = yield WholeModel(Sample(Counts(lambda chunks: binned(flat, chunks)), rows))
+        known = zip(counts.numpy(), entries.tolist(), count.tolist(), strict=True)
+        brackets = [[from_bins(own, n, of, rank) for rank in ranks(i, n)] for i, (own, n, of) in enumerate(known)]
+    while any(b.is_open for row in brackets for b in row):
+        split = splitter(brackets)
+        request = Counts(lambda chunks: (counted((split(flat(c)) for c in chunks), brackets),))  # noqa: B023
+        (counts,) = yield WholeModel(request) if scope == "global" else request
+        brackets = [
+            [narrowed(b, n) for b, n in zip(row, own, strict=True)]
+            for row, own in zip(brackets, counts.numpy(), strict=True)
+        ]
+    return as_values([[b.low for b in row] for row in brackets])
+
+
+def flattened(c: Chunk) -> Chunk:
+    """The chunk as unit "element" shows it."""
+    return c if c.x.ndim == 2 else replace(c, x=c.x.flatten(1), base=None if c.base is None else c.base.flatten())
+
+
+def as_values(patterns: Any) -> Tensor:
+    return torch.tensor(patterns, dtype=torch.int32).view(torch.float32)
+
+
+# Brackets from a sample
+
+
+def binned(flat: Values, chunks: Iterable[Chunk]) -> tuple[Tensor, ...]:
+    """Counts of sampled values by their upper bits (rows, SAMPLED), each as many as it stands for; how many entries
+    they stand for, and how many were sampled (rows,)."""
+    sums: tuple[Tensor, ...] = ()
+    for c in chunks:
+        values, entries = thinned(flat(c), c)
+        bins = (values.contiguous().cpu().view(torch.int32) >> (23 - OCTAVE)).sub_(FIRST).clamp_(0, SAMPLED - 1)
+        counts = torch.stack([torch.bincount(row, minlength=SAMPLED) for row in bins])
+        rows, count = values.shape
+        own = (counts * round(entries / max(1, count)), torch.full((rows,), entries), torch.full((rows,), count))
+        sums = tuple(a + b for a, b in zip(sums, own, strict=True)) if sums else own
+    return sums
+
+
+def thinned(values: Tensor, c: Chunk) -> tuple[Tensor, int]:
+    """A sample of a chunk's values, and the number of entries it stands for."""
+    if c.stands_for:
+        return values, c.stands_for
+    return values[:, :: max(1, values.shape[1] // THINNED)], values.shape[1]
+
+
+def margin(sampled: int, entries: int, share: float) -> float:
+    """Three standard deviations of a rank in a sample; none where all is sampled."""
+    return 0.0 if sampled == entries else 3 * sqrt(sampled * share * (1 - share)) + 2
+
+
+def from_bins(counts: np.ndarray, entries: int, sampled: int, rank: int) -> Bracket:
+    """Where the value of a rank should lie, by counts in bins."""
+    if rank < 1 or not sampled:
+        return Bracket(rank, INFINITY, INFINITY)
+    total, share = int(counts.sum()), min(rank / entries, 1.0)
+    side = margin(sampled, entries, share) / sampled
+    above = np.cumsum(counts[::-1])  # from the largest bin down
+    limits = np.clip([(share - side) * total, (share + side) * total], 1, total)
+    upper, lower = (SAMPLED - 1 - np.searchsorted(above, limits)).tolist()
+    low = 0 if lower == 0 else (FIRST + lower) << (23 - OCTAVE)
+    high = INFINITY if upper == SAMPLED - 1 else ((FIRST + upper + 1) << (23 - OCTAVE)) - 1
+    return Bracket(rank, low, high)
+
+
+def from_sample(ordered: np.ndarray, entries: int, rank: int) -> Bracket:
+    """Where the value of a rank should lie, by sampled values in ascending order."""
+    n = len(ordered)
+    if rank < 1 or not n:
+        return Bracket(rank, INFINITY, INFINITY)
+    share = min(rank / entries, 1.0)
+    place, side = share * n, margin(n, entries, share)
+    first, last = ceil(place - side) - 1, ceil(place + side) - 1  # from the largest down
+    pattern = np.minimum(ordered.view(np.int32)[::-1], INFINITY)  # where NaN is allowed, it counts as infinity here
+    low = 0 if last >= n else int(pattern[last])
+    high = INFINITY if first < 0 else int(pattern[first])
+    likely = int(pattern[min(max(ceil(place) - 1, 0), n - 1)])
+    inside = pattern[max(first, 0) : min(last, n - 1) + 1]
+    return Bracket(rank, low, high, likely, round(np.count_nonzero(inside != likely) * entries / n))
+
+
+# By selection
+
+
+def selected(flat: Values, ranks: Ranks, rows: bool) -> Generator[Any, tuple[Tensor, ...], Brackets]:
+    """Program: brackets at the values of their ranks over a tensor; open where they missed, or hold too much."""
+    sampled, entries = yield Sample(Gather(lambda c: with_entries(*thinned(flat(c), c))), rows)
+    ordered, n = np.sort(sampled.numpy(), axis=1), int(entries.sum())
+    brackets = [[from_sample(row, n, rank) for rank in ranks(i, n)] for i, row in enumerate(ordered)]
+    if sum(b.expected for row in brackets for b in row) > GATHERED:
+        return [[b.without_guess() for b in row] for row in brackets]
+    if not any(b.is_open for row in brackets for b in row):
+        return brackets
+    split = splitter(brackets)
+    above, ties, *found = yield Gather(lambda c: gathered(split(flat(c))))
+    each = (b for row in brackets for b in row)
+    chosen = map(select, each, above.sum(1).tolist(), ties.sum(1).tolist(), found)
+    return [[next(chosen) for _ in row] for row in brackets]
+
+
+def with_entries(values: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    return values, torch.tensor([entries])
+
+
+Part = tuple[int, int, np.ndarray]
+
+
+def splitter(brackets: Brackets) -> Callable[[Tensor], list[Part]]:
+    """A function of values (rows, n) that says for every bracket, row by row: how many values of the row lie above it,
+    how many are the likely one, and the others in it but for zeros."""
+    patterns = [[(max(b.low, 1), b.high, b.likely) for b in row] for row in brackets]
+    limits = np.array(patterns, np.int32).view(np.float32).transpose(1, 2, 0)[..., None]  # (ranks, 3, rows, 1)
+
+    def split(values: Tensor) -> list[Part]:
+        rows = values.cpu().numpy()
+        columns = [divided(rows, *own) for own in limits]
+        return [part for parts in zip(*columns, strict=True) for part in parts]
+
+    return split
+
+
+def divided(rows: np.ndarray, low: np.ndarray, high: np.ndarray, likely: np.ndarray) -> list[Part]:
+    """One bracket a row, its limits (rows, 1)."""
+    above, inside, ties = rows > high, rows >= low, rows == likely
+    inside ^= above
+    np.greater(inside, ties, out=inside)  # in it, and not the likely value
+    places = np.flatnonzero(inside)
+    ends = np.searchsorted(places, np.arange(len(rows) + 1) * rows.shape[1]).tolist()
+    found = rows.reshape(-1).take(places)
+    counts = zip(map(np.count_nonzero, above), map(np.count_nonzero, ties), strict=True)
+    return [(*count, found[a:b]) for count, a, b in zip(counts, ends[:-1], ends[1:], strict=True)]
+
+
+def gathered(parts: list[Part]) -> tuple[Tensor, ...]:
+    """How many values lie above each bracket and how many are the likely one (brackets, 1), then the others in it."""
+    above, ties, found = zip(*parts, strict=True)
+    return torch.tensor(above)[:, None], torch.tensor(ties)[:, None], *map(torch.from_numpy, found)
+
+
+def select(b: Bracket, above: int, ties: int, found: Tensor) -> Bracket:
+    """The bracket at the value of its rank, or where that must be if it was missed."""
+    inside = found.numpy()
+    if not b.is_open:
+        return b
+    if b.rank <= above:
+        return b.above()
+    if b.rank > above + ties + len(inside):
+        return b.below()
+    larger = np.count_nonzero(inside.view(np.int32) > b.likely)
+    if above + larger < b.rank <= above + larger + ties:
+        return b.between(b.likely, b.likely)
+    place = len(inside) - (b.rank - above if b.rank <= above + larger else b.rank - above - ties)
+    inside.partition(place)
+    value = int(inside[place : place + 1].view(np.int32)[0])
+    return b.between(value, value)
+
+
+# By counting
+
+
+def counted(found: Iterable[list[Part]], brackets: Brackets) -> Tensor:
+    """For each row and bracket how many values lie above it, then how many in each of its bins.
+
+    (rows, ranks, 1 + BINS).
+    """
+    each = [b for row in brackets for b in row]
+    result = np.zeros((len(each), 1 + BINS), np.int64)
+    for own, b, parts in zip(result, each, zip(*found, strict=True), strict=True):
+        own[0] = sum(above for above, _, _ in parts)
+        if b.is_open:
+            patterns = np.concatenate([inside for _, _, inside in parts]).view(np.int32) - np.int32(b.low)
+            own[1:] = np.bincount(patterns >> b.shift, minlength=BINS)
+    return torch.from_numpy(result.reshape(len(brackets), -1, 1 + BINS))
+
+
+def narrowed(b: Bracket, counts: np.ndarray) -> Bracket:
+    """The bin of the bracket that holds the rank, or what lies above or below a bracket that missed."""
+    if not b.is_open:
+        return b
+    above = counts[0] + np.cumsum(counts[:0:-1])  # values in this bin or a higher one, from the highest down
+    if b.rank <= counts[0]:
+        return b.above()
+    if b.rank > above[-1]:
+        return b.below()
+    low = b.low + ((BINS - 1 - int(np.searchsorted(above, b.rank))) << b.shift)
+    return b.between(low, min(b.high, low + (1 << b.shift) - 1))
