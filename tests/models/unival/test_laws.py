@@ -218,6 +218,18 @@ def test_towers_run_once_and_beams_copy_no_pixels():
     assert len(calls) == 1
 
 
+@torch.no_grad()
+def test_the_cache_may_have_either_name_of_the_library():
+    """`past_key_values` became `cache` in transformers 5.24."""
+    model, batch, ids = model_of(towers=[]), inputs_of(tiny_batch(4, None)), targets()
+    exact = model(**batch, decoder_input_ids=ids).logits[:, 5:]
+    for name in ("past_key_values", "cache"):
+        for head, take in ((model, lambda output: output.logits), (model.model, model.lm_head)):
+            first = head(**batch, decoder_input_ids=ids[:, :5], use_cache=True)
+            then = head(**batch, decoder_input_ids=ids[:, 5:], **{name: first[modeling_unival.CACHE]})
+            close(take(then) if head is model else take(then.last_hidden_state), exact)
+
+
 # Training
 
 

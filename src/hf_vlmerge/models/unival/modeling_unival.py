@@ -10,7 +10,9 @@ B = batch, N = media tokens, T = text tokens, L = N + T, Q = target tokens of th
 D = width, H = heads, G = side of the position grid, V = vocabulary, K = kinds of media in a batch.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,6 +47,8 @@ from .encoders_unival import mel_matrix
 from .generation_unival import UnivalGenerationMixin
 
 INPUT_OF = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_values"}
+# transformers 5.24 renamed past_key_values, in arguments and outputs
+CACHE = "cache" if "cache" in Seq2SeqLMOutput.__annotations__ else "past_key_values"
 
 
 @dataclass
@@ -172,6 +176,18 @@ def shift_right(labels: torch.Tensor, pad_token_id: int, start_token_id: int) ->
     """Decoder input of a target: the start token, then all but the last label (-100 becomes padding). (B, S)"""
     shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=start_token_id)
     return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+def with_either_name_of_the_cache(forward: Callable) -> Callable:
+    """Lets `forward` take its `past_key_values` as `cache` too, whatever the version of the library."""
+
+    @functools.wraps(forward)
+    def renamed(self, *args, cache: Cache | None = None, **kwargs):
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+        return forward(self, *args, **kwargs)
+
+    return renamed
 
 
 def eager_attention_forward(
@@ -354,7 +370,7 @@ class UnivalPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["UnivalEncoderLayer", "UnivalDecoderLayer", "UnivalBottleneck", "UnivalAudioBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict = ["stft"]
 
     @torch.no_grad()
@@ -652,7 +668,7 @@ class UnivalDecoder(UnivalStack):
                 **kwargs,
             )
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+            last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values}
         )
 
     def cross_bias(
@@ -777,6 +793,7 @@ class UnivalModel(UnivalPreTrainedModel):
         self.shared = self.encoder.embed_tokens = self.decoder.embed_tokens = value
 
     @can_return_tuple
+    @with_either_name_of_the_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -834,7 +851,7 @@ class UnivalModel(UnivalPreTrainedModel):
         )
         return Seq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
+            **{CACHE: getattr(decoder_outputs, CACHE)},
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
@@ -856,6 +873,7 @@ class UnivalForConditionalGeneration(UnivalPreTrainedModel, UnivalGenerationMixi
         self.post_init()
 
     @can_return_tuple
+    @with_either_name_of_the_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -907,7 +925,7 @@ class UnivalForConditionalGeneration(UnivalPreTrainedModel, UnivalGenerationMixi
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,
