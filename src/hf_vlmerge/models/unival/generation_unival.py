@@ -65,6 +65,34 @@ class AnswerTrie:
         """Tokens that continue a prefix; only the end follows what begins no answer."""
         return list(self._next.get(prefix, (self.end_token_id,)))
 
+    def allowed_tokens(self, labels: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """
+        What may be said at each place of some answers: `allowed_tokens` of the model's loss, for training among them.
+
+        Args:
+            labels: answers with their end token, -100 elsewhere, as the processor gives them.
+            vocab_size: of the model.
+
+        Shapes:
+            labels (B, Q) -> (B, Q, vocab_size) bool; all True where no loss is wanted
+
+        Raises:
+            ValueError: a row is none of the answers.
+        """
+        mask = torch.ones(*labels.shape, vocab_size, dtype=torch.bool)
+        for row, tokens in enumerate(labels.tolist()):
+            prefix: tuple[int, ...] = ()
+            for place, token in enumerate(tokens):
+                if token == -100:
+                    continue
+                allowed = self.allowed(prefix)
+                if token not in allowed:
+                    raise ValueError(f"the label of row {row} is none of the answers: {[t for t in tokens if t >= 0]}.")
+                mask[row, place] = False
+                mask[row, place, allowed] = True
+                prefix += (token,)
+        return mask.to(labels.device)
+
     @property
     def max_new_tokens(self) -> int:
         """Tokens of the longest answer and the end."""
@@ -104,22 +132,33 @@ class TrieMask(RenormalisedMask):
         return mask
 
 
+def range_mask(token_range: tuple[int, int], vocab_size: int, device: torch.device | None = None) -> torch.BoolTensor:
+    """
+    True for tokens from the first to before the last, and for the special ones: `allowed_tokens` of the model's loss.
+
+    Shapes:
+        -> (1, 1, vocab_size)
+
+    Raises:
+        ValueError: there are no such tokens.
+    """
+    first, last = token_range
+    if not SPECIAL_IDS <= first < last:
+        raise ValueError(f"expected token_range (first, last) with {SPECIAL_IDS} <= first < last; got {first, last}.")
+    if last > vocab_size:
+        raise ValueError(f"token_range ends at {last}; the vocabulary has {vocab_size} tokens.")
+    ids = torch.arange(vocab_size, device=device)
+    return ((ids < SPECIAL_IDS) | ((ids >= first) & (ids < last)))[None, None]
+
+
 class RangeMask(RenormalisedMask):
     """Only tokens from `first` to `last` - 1, and the special ones."""
 
     def __init__(self, first: int, last: int):
-        if not SPECIAL_IDS <= first < last:
-            raise ValueError(
-                f"expected token_range (first, last) with {SPECIAL_IDS} <= first < last; got {first, last}."
-            )
-        self.first = first
-        self.last = last
+        self.token_range = (first, last)
 
     def forbidden(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.BoolTensor:
-        if self.last > scores.shape[-1]:
-            raise ValueError(f"token_range ends at {self.last}; the vocabulary has {scores.shape[-1]} tokens.")
-        ids = torch.arange(scores.shape[-1], device=scores.device)
-        return (ids >= SPECIAL_IDS) & ((ids < self.first) | (ids >= self.last))
+        return ~range_mask(self.token_range, scores.shape[-1], scores.device)[0]
 
 
 class EndOfTarget(LogitsProcessor):
@@ -368,4 +407,4 @@ def rank_images(clip: Any, processor: Any, texts: Sequence[str], images: Sequenc
     return (image.view(len(texts), -1, image.shape[-1]) * text[:, None]).sum(dim=-1)
 
 
-__all__ = ["GENERATION_SETTINGS", "AnswerTrie", "UnivalGenerationMixin", "rank_images"]
+__all__ = ["GENERATION_SETTINGS", "AnswerTrie", "UnivalGenerationMixin", "range_mask", "rank_images"]

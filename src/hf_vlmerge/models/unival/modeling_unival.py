@@ -45,6 +45,7 @@ from .encoders_unival import UnivalVideoTower
 from .encoders_unival import fourier_kernels
 from .encoders_unival import mel_matrix
 from .generation_unival import UnivalGenerationMixin
+from .losses_unival import mean_loss
 
 INPUT_OF = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_values"}
 # transformers 5.24 renamed past_key_values, in arguments and outputs
@@ -893,35 +894,69 @@ class UnivalForConditionalGeneration(UnivalPreTrainedModel, UnivalGenerationMixi
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        smoothing: float = 0.0,
+        allowed_tokens: torch.BoolTensor | None = None,
+        confidence: torch.FloatTensor | None = None,
+        encouraging_log_end: float | None = None,
+        drop_worst_ratio: float = 0.0,
+        rdrop_alpha: float = 0.0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
         """
-        As `UnivalModel.forward`, with logits, and with the cross-entropy if `labels` are given.
+        As `UnivalModel.forward`, with logits, and with a loss if `labels` are given: plain cross-entropy unless more is
+        asked for.
 
         Args:
             labels: target ids with the end token, -100 where no loss is wanted; the decoder's input is made from them
-                where it is absent. The loss is the mean over the others, or their sum over `num_items_in_batch`.
+                where it is absent. The loss is the mean over the others.
             logits_to_keep: compute the logits of this many last tokens only; 0 = of all.
+            num_items_in_batch: labels that are not -100 in all batches (and processes) whose losses are added up: the
+                loss is then this batch's share of their mean. The `Trainer` passes it.
+            smoothing, encouraging_log_end, drop_worst_ratio: see `losses_unival.target_loss`. What is not dropped
+                stands for all tokens of the batch.
+            allowed_tokens: True for tokens that may be said, as `AnswerTrie.allowed_tokens` and `range_mask` make it.
+            confidence: of each row's target, a factor of its log-probabilities.
+            rdrop_alpha: in training, run twice with different dropout, and add this factor of their divergence.
 
         Shapes:
-            labels (B, Q) -> loss (), logits (B, Q, V), encoder_last_hidden_state (B, L, D)
+            labels (B, Q); allowed_tokens, to (B, Q, V); confidence (B,)
+            -> loss (), logits (B, Q, V), encoder_last_hidden_state (B, L, D)
         """
         if labels is not None:
             use_cache = False
-            if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = shift_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
-        outputs = self.model(
-            input_ids, attention_mask, pixel_values, pixel_values_videos, input_values, media_types, decoder_input_ids,
-            decoder_attention_mask, decoder_code_mask, encoder_outputs, past_key_values, inputs_embeds,
-            decoder_inputs_embeds, use_cache, return_dict=True, **kwargs,
-        )  # fmt: skip
-        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
-        loss = None
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            if labels is not None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+            elif num_items_in_batch is not None:
+                raise ValueError(
+                    "the Trainer keeps the labels to itself with label_smoothing_factor or compute_loss_func; expected "
+                    "decoder_input_ids in the batch, as the processor and DataCollatorForSeq2Seq give them."
+                )
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values,
+            "pixel_values_videos": pixel_values_videos, "input_values": input_values, "media_types": media_types,
+            "decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask,
+            "decoder_code_mask": decoder_code_mask, "encoder_outputs": encoder_outputs,
+            "past_key_values": past_key_values, "inputs_embeds": inputs_embeds,
+            "decoder_inputs_embeds": decoder_inputs_embeds, "use_cache": use_cache, "return_dict": True, **kwargs,
+        }  # fmt: skip
+        outputs = self.model(**inputs)
+        logits, loss = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:]), None
         if labels is not None:
-            total = nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+            passes = [logits]
+            if rdrop_alpha and self.training:
+                passes.append(self.lm_head(self.model(**inputs).last_hidden_state))
+            loss = mean_loss(
+                passes,
+                labels,
+                num_items_in_batch,
+                smoothing=smoothing,
+                allowed_tokens=allowed_tokens,
+                confidence=confidence,
+                encouraging_log_end=encouraging_log_end,
+                drop_worst_ratio=drop_worst_ratio,
+                rdrop_alpha=rdrop_alpha,
             )
-            loss = total / ((labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
