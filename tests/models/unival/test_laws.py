@@ -109,6 +109,27 @@ def test_padding_of_the_text_changes_nothing(kind):
     close(model(**batch).logits, model(**without_mask).logits)
 
 
+@kinds
+@torch.no_grad()
+def test_padding_of_the_text_on_the_left_changes_nothing(kind):
+    """Positions count from the first token; what is returned has the padding on the right."""
+    model, batch = model_of(), tiny_batch(kind=kind)
+    left = batch | {"input_ids": batch["input_ids"].clone(), "attention_mask": batch["attention_mask"].clone()}
+    for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+        for name in ("input_ids", "attention_mask"):
+            left[name][row] = batch[name][row].roll(7 - length)
+    assert not left["attention_mask"][1:, 0].any()
+    close(model(**left).logits, model(**batch).logits)
+    without_mask = {name: tensor for name, tensor in left.items() if name != "attention_mask"}
+    close(model(**without_mask).logits, model(**batch).logits)
+    encoded, expected = (model.model.encoder(**inputs_of(each)) for each in (left, batch))
+    assert torch.equal(encoded.attention_mask, expected.attention_mask)
+    seen = expected.attention_mask.bool()
+    close(encoded.last_hidden_state[seen], expected.last_hidden_state[seen])
+    options = {"num_beams": 2, "max_new_tokens": 5}
+    assert torch.equal(model.generate(**inputs_of(left), **options), model.generate(**inputs_of(batch), **options))
+
+
 @torch.no_grad()
 def test_padding_of_the_target_changes_nothing():
     model, batch, ids = model_of(), inputs_of(tiny_batch()), targets()
@@ -539,6 +560,11 @@ def test_a_wrong_configuration_is_refused_in_one_sentence(changes, message):
         ({"pixel_values_videos": tiny_media("video", 4)}, "were given, but this model has no video tower"),
         ({"input_values": tiny_media("audio", 4)}, "pixel_values and input_values were given without media_types"),
         ({"pixel_values": tiny_media("image", 3)}, "pixel_values has 3 rows for 4 texts"),
+        ({"pixel_values": torch.zeros(4, 1, 64, 64)}, r"pixel_values has shape \(4, 1, 64, 64\); expected \(rows, 3,"),
+        ({"pixel_values": torch.zeros(4, 3, 64)}, r"\(4, 3, 64\); expected \(rows, 3, height, width\)"),
+        ({"pixel_values": torch.zeros(4, 3, 64, 64).byte()}, "pixel_values are torch.uint8; expected floats, as the"),
+        ({"input_values": torch.zeros(4, 1, 8000), "pixel_values": None}, r"expected \(rows, samples\)"),
+        ({"input_values": torch.zeros(4, 8000).short(), "pixel_values": None}, "input_values are torch.int16"),
         ({"media_types": torch.zeros(3)}, r"media_types has shape \(3,\); expected \(4,\)"),
         ({"media_types": torch.tensor([0, 0, 0, -1])}, "media_types has 3 rows of kind image, pixel_values has 4"),
         ({"media_types": torch.tensor([0, 0, 0, 2])}, "media_types has 3 rows of kind image, pixel_values has 4"),

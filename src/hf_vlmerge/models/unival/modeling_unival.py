@@ -48,6 +48,11 @@ from .generation_unival import UnivalGenerationMixin
 from .losses_unival import mean_loss
 
 INPUT_OF = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_values"}
+SHAPE_OF = {
+    "image": ("rows", 3, "height", "width"),
+    "video": ("rows", "frames", 3, "height", "width"),
+    "audio": ("rows", "samples"),
+}
 # transformers 5.24 renamed past_key_values, in arguments and outputs
 CACHE = "cache" if "cache" in Seq2SeqLMOutput.__annotations__ else "past_key_values"
 
@@ -171,6 +176,14 @@ def relative_bias(tables: nn.ModuleList, buckets: torch.Tensor) -> list[torch.Te
 def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """0 where visible, half the lowest number elsewhere (a bias is added to it): a shape -> the same"""
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible.bool(), torch.finfo(dtype).min / 2)
+
+
+def padding_to_the_right(embeddings: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of texts count from their first token, so rows begin with it: (B, T, D), (B, T) -> the same"""
+    length = mask.shape[1]
+    padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+    place = (torch.arange(length, device=mask.device) + padding) % length
+    return embeddings.gather(1, place[..., None].expand_as(embeddings)), mask.gather(1, place)
 
 
 def shift_right(labels: torch.Tensor, pad_token_id: int, start_token_id: int) -> torch.Tensor:
@@ -455,7 +468,8 @@ class UnivalEncoder(UnivalStack):
     ) -> UnivalEncoderOutput:
         """
         Args:
-            attention_mask: 1 = token, 0 = padding; padding tokens are masked where it is absent.
+            attention_mask: 1 = token, 0 = padding; padding tokens are masked where it is absent. Padding on the left is
+                moved to the right, in all that is returned.
             media_types: the media of each row: -1 none, 0 image, 1 clip, 2 sound. The media tensors then hold only the
                 rows that have that media, in row order; without it every row has the one media that is given.
 
@@ -473,6 +487,8 @@ class UnivalEncoder(UnivalStack):
             attention_mask = torch.ones(inputs_embeds.shape[:2], device=inputs_embeds.device)
         given = {"image": pixel_values, "video": pixel_values_videos, "audio": input_values}
         media = self.embed_media(given, media_types, len(inputs_embeds))
+        if torch.compiler.is_compiling() or not attention_mask[:, :1].all():
+            inputs_embeds, attention_mask = padding_to_the_right(inputs_embeds, attention_mask)
         text = self.dropout(self.text_norm(inputs_embeds + self.type_embedding.weight[0]))
         positions, biases = self.position_biases(media, inputs_embeds.shape[1])
 
@@ -502,11 +518,17 @@ class UnivalEncoder(UnivalStack):
     ) -> Media | None:
         """Runs each tower over its rows and puts the tokens where they belong; None if there is no media at all."""
         given = {kind: values for kind, values in given.items() if values is not None and len(values)}
-        for kind in given:
+        for kind, values in given.items():
             if kind not in self.config.towers:
                 raise ValueError(
                     f"{INPUT_OF[kind]} were given, but this model has no {kind} tower (towers: {self.config.towers})."
                 )
+            shape = SHAPE_OF[kind]
+            if values.dim() != len(shape) or (kind != "audio" and values.shape[-3] != 3):
+                expected = ", ".join(map(str, shape))
+                raise ValueError(f"{INPUT_OF[kind]} has shape {tuple(values.shape)}; expected ({expected}).")
+            if not values.is_floating_point():
+                raise ValueError(f"{INPUT_OF[kind]} are {values.dtype}; expected floats, as the processor gives them.")
         places = self.place_media(given, media_types, rows)
         if not given:
             return None
