@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_vlmerge authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What a caller gave, as rows: which media belong to which text, and of what kind each row is."""
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,6 +110,8 @@ def text_rows(value: Any) -> list:
     """One text, mapping of texts or list of code numbers, or a list of these."""
     if isinstance(value, (str, Mapping)) or is_array(value):
         return list(value) if is_array(value) and value.ndim == 2 else [value]
+    if not isinstance(value, Iterable):
+        raise ValueError(f"expected a string, or one for every row; got {type(value).__name__}.")
     rows = list(value)
     return [rows] if rows and isinstance(rows[0], int) else rows
 
