@@ -219,7 +219,8 @@ class UnivalGenerationMixin(GenerationMixin):
                 do, the length is that of a whole image unless another is given.
 
         Raises:
-            ValueError: a target of this length has more tokens than the model has positions.
+            ValueError: a target of this length has more tokens than the model has positions, an answer is shorter than
+                the least length, or the model has not its tokens.
         """
         kwargs |= self._prompts(kwargs)
         start = kwargs["decoder_input_ids"].shape[1] if "decoder_input_ids" in kwargs else 1
@@ -262,6 +263,9 @@ class UnivalGenerationMixin(GenerationMixin):
         self._check_length(generation_config.max_length, code_rows)
         ends = generation_config.eos_token_id
         rules = [*(logits_processor or ())]
+        for rule in rules:
+            if isinstance(rule, TrieMask):
+                self._check_answers(rule.trie, generation_config.min_new_tokens or 0)
         if ends is not None:
             ends = ends if isinstance(ends, list) else [ends]
             rules.append(EndOfTarget(generation_config.max_length, ends, self.config.pad_token_id, code_rows))
@@ -271,6 +275,14 @@ class UnivalGenerationMixin(GenerationMixin):
         # masks renormalise what the model says, not what minimum lengths and repeated n-grams have left of it
         rules.sort(key=lambda rule: not isinstance(rule, RenormalisedMask))
         return rules
+
+    def _check_answers(self, trie: AnswerTrie, least: int = 0) -> None:
+        """At a place where a rule forbids the end and the trie all else, any token might be said."""
+        shortest = min(map(len, trie.answers))
+        if least > shortest:
+            raise ValueError(f"min_new_tokens is {least}, but there is an answer of {shortest}; expected at most that.")
+        if trie.tokens[-1] >= self.config.vocab_size:
+            raise ValueError(f"an answer has token {trie.tokens[-1]}; this model has {self.config.vocab_size} tokens.")
 
     def _check_length(self, length: int, code_rows: torch.Tensor | None) -> None:
         """The last token of a target needs no position: it is not read again."""
@@ -303,6 +315,7 @@ class UnivalGenerationMixin(GenerationMixin):
         Shapes:
             -> (B, C), float32
         """
+        self._check_answers(candidates)
         encoder_inputs = {name: value for name, value in inputs.items() if name not in DECODER_INPUTS}
         encoded = self.get_encoder()(**encoder_inputs, return_dict=True)
         rows = len(encoded.last_hidden_state)
