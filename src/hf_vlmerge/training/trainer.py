@@ -40,7 +40,7 @@ class VlmergeTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self._own_loss and "labels" in inputs:
-            inputs = loss_options(self.args, self.state.global_step, model.training) | inputs
+            inputs = {**loss_options(self.args, self.state.global_step, model.training), **inputs}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and isinstance(outputs, dict):
             self._passes += 1

@@ -132,11 +132,11 @@ def smoothed_cross_entropy(
     if not epsilon:
         return of_target
     if allowed is None:
-        share, of_all = epsilon / (scores.shape[-1] - 1), -scores.sum(-1)
+        share = epsilon / (scores.shape[-1] - 1)
+        of_all = -scores.sum(-1)
     else:
-        share = epsilon / (
-            allowed.sum(-1).to(scores.dtype) - 1 + 1e-6
-        )  # the target may be the only one that is allowed
+        others = allowed.sum(-1).to(scores.dtype) - 1 + 1e-6  # there may be none
+        share = epsilon / others
         of_all = -scores.masked_fill(~allowed, 0.0).sum(-1)
     return (1 - epsilon - share) * of_target + share * of_all
 
