@@ -144,6 +144,25 @@ def test_deep_grey_pictures_are_scaled():
     assert half.getpixel((0, 0)) == (128, 128, 128)
 
 
+def test_arrays_that_pytorch_cannot_share(picture):
+    """BGR turned around, frames or samples backwards, numbers in the other order of bytes, strings of NumPy."""
+    bgr = picture[..., ::-1]
+    assert np.array_equal(np.asarray(load_image(bgr[..., ::-1])), picture)
+    assert np.array_equal(np.asarray(load_image(bgr)), bgr)
+    clip = np.stack([picture, picture // 2])
+    assert torch.equal(load_video(clip[::-1], 2), load_video(clip, 2).flip(0))
+    samples = np.array([1, -2, 16384], dtype=np.int16)
+    for form in (samples[::-1][::-1], samples.astype(">i2")):
+        assert torch.equal(load_audio(form, RATE), load_audio(samples, RATE))
+    deep = PIL.Image.frombytes("I;16B", (2, 2), np.full((2, 2), 40000, ">u2").tobytes())
+    assert load_image(deep).getpixel((1, 1)) == (156, 156, 156)
+
+
+def test_a_path_as_a_string_of_numpy(picture, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(picture))
+    assert np.array_equal(np.asarray(load_image(np.str_(tmp_path / "a.png"))), picture)
+
+
 def test_colours_without_their_alpha_and_in_cmyk():
     assert load_image(PIL.Image.new("RGBA", (2, 2), (10, 20, 30, 0))).getpixel((0, 0)) == (10, 20, 30)
     assert load_image(PIL.Image.new("LA", (2, 2), (7, 0))).getpixel((0, 0)) == (7, 7, 7)

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -283,6 +284,20 @@ def test_images_may_be_files_and_arrays(processor, picture):
     batch = processor(images=np.stack([array, array]), text=["a", "b"])["pixel_values"]
     assert torch.equal(batch, expected.expand(2, -1, -1, -1))
     assert torch.equal(processor.image_processor([file.getvalue()], return_tensors="pt")["pixel_values"], expected)
+
+
+def test_rows_may_be_columns_of_datasets(processor, picture, sound):
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    rows = {"image": [{"bytes": file.getvalue(), "path": None}] * 2, "text": ["a", "b"], "sound": [sound.tolist()] * 2}
+    data = datasets.Dataset.from_dict(rows)
+    column = data.cast_column("image", datasets.Image())["image"]
+    assert not isinstance(column, list)
+    found = processor(images=column, text=data["text"], targets=data["text"])
+    expected = processor(images=[picture, picture], text=["a", "b"], targets=["a", "b"])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    sounds = processor(audio=data["sound"], text=data["text"])["input_values"]
+    assert torch.equal(sounds, processor(audio=[sound, sound], text=["a", "b"])["input_values"])
 
 
 def test_frames_are_sampled_in_the_middle_or_at_random(processor, clip):

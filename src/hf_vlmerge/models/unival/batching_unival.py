@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ def make_rows(**given: Any) -> dict[str, list | None]:
         ValueError: nothing was given, or the numbers of rows differ.
     """
     makers = {"images": image_rows, "videos": video_rows, "audio": audio_rows, "boxes": box_rows}
+    given = {name: _listed(value) for name, value in given.items()}
     rows = {name: None if value is None else makers.get(name, text_rows)(value) for name, value in given.items()}
     lengths = {name: len(value) for name, value in rows.items() if value is not None}
     if not lengths or not max(lengths.values()):
@@ -30,6 +32,12 @@ def make_rows(**given: Any) -> dict[str, list | None]:
         counts = ", ".join(f"{length} in {name}" for name, length in lengths.items())
         raise ValueError(f"expected one entry a row (None for rows without a medium) in every list; got {counts}.")
     return rows
+
+
+def _listed(value: Any) -> Any:
+    """Lists of other kinds, such as a column of the `datasets` library, as lists."""
+    others = (str, bytes, bytearray, memoryview, list, tuple)
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, others) else value
 
 
 def media_types(rows: Mapping[str, list | None]) -> Tensor:

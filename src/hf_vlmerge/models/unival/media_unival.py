@@ -38,15 +38,21 @@ def is_pil(value: Any) -> bool:
 
 def is_array(value: Any) -> bool:
     """Whether the value is a tensor or a NumPy array."""
+    if isinstance(value, (str, bytes)):  # NumPy has its own
+        return False
     return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "shape"))
 
 
 def tensor_of(array: Any) -> Tensor:
-    """The numbers of a tensor or a NumPy array (a copy of one that may not be written to), on the CPU."""
+    """The numbers of a tensor or a NumPy array, on the CPU; of one that PyTorch cannot share, a copy."""
     if isinstance(array, Tensor):
         return array.detach().cpu()
-    flags = getattr(array, "flags", None)
-    return torch.as_tensor(array if flags is None or flags.writeable else array.copy())
+    dtype, flags = getattr(array, "dtype", None), getattr(array, "flags", None)
+    if getattr(dtype, "isnative", True) is False:  # the other order of bytes
+        array = array.astype(dtype.newbyteorder("="))
+    elif flags is not None and (not flags.writeable or any(stride < 0 for stride in array.strides)):
+        array = array.copy()  # such as BGR turned around
+    return torch.as_tensor(array)
 
 
 def is_file(value: Any) -> bool:
