@@ -2,7 +2,9 @@
 
 import io
 import math
+import threading
 from fractions import Fraction
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import av
 import numpy as np
@@ -102,6 +104,9 @@ def test_grey_palette_and_turned_pictures(picture):
         (np.zeros((0, 4, 3), np.uint8), "expected a picture of shape"),
         (np.full((4, 4, 3), 2.0), r"floats in \[0, 1\]; got floats outside"),
         (np.full((4, 4, 3), 300), "integers outside that range"),
+        (np.full((4, 4, 3), 1j), "got complex numbers"),
+        (PIL.Image.fromarray(np.full((4, 4), 70000, np.int32)), "cannot decode the image .* integers outside"),
+        (PIL.Image.fromarray(np.full((4, 4), 7.0, np.float32)), "cannot decode the image .* floats outside"),
         (7, "expected a picture .* got int"),
     ],
 )
@@ -121,6 +126,80 @@ def test_a_missing_file(tmp_path):
     for load in (load_image, lambda path: load_video(path, 2), lambda path: load_audio(path, RATE)):
         with pytest.raises(FileNotFoundError, match=r"there is no file .*nowhere"):
             load(tmp_path / "nowhere")
+        with pytest.raises(FileNotFoundError, match=r"there is no file .*nowhere\.file"):
+            load(str(tmp_path / "nowhere.file"))
+
+
+def test_deep_grey_pictures_are_scaled():
+    """Pillow's own conversion cuts what is above 255, so that most of a picture of 16 bits would be white."""
+    ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    expected = torch.from_numpy((ramp >> 8).astype(np.uint8))
+    picture = PIL.Image.fromarray(ramp)
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    for form in (picture, file.getvalue(), PIL.Image.fromarray((ramp >> 8).astype(np.int32))):
+        found = load_image(form)
+        assert found.mode == "RGB" and all(torch.equal(torch.from_numpy(np.array(c)), expected) for c in found.split())
+    half = load_image(PIL.Image.fromarray(np.full((2, 2), 0.5, np.float32)))
+    assert half.getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_arrays_that_pytorch_cannot_share(picture):
+    """BGR turned around, frames or samples backwards, numbers in the other order of bytes, strings of NumPy."""
+    bgr = picture[..., ::-1]
+    assert np.array_equal(np.asarray(load_image(bgr[..., ::-1])), picture)
+    assert np.array_equal(np.asarray(load_image(bgr)), bgr)
+    clip = np.stack([picture, picture // 2])
+    assert torch.equal(load_video(clip[::-1], 2), load_video(clip, 2).flip(0))
+    samples = np.array([1, -2, 16384], dtype=np.int16)
+    for form in (samples[::-1][::-1], samples.astype(">i2")):
+        assert torch.equal(load_audio(form, RATE), load_audio(samples, RATE))
+    deep = PIL.Image.frombytes("I;16B", (2, 2), np.full((2, 2), 40000, ">u2").tobytes())
+    assert load_image(deep).getpixel((1, 1)) == (156, 156, 156)
+
+
+def test_a_path_as_a_string_of_numpy(picture, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(picture))
+    assert np.array_equal(np.asarray(load_image(np.str_(tmp_path / "a.png"))), picture)
+
+
+def test_colours_without_their_alpha_and_in_cmyk():
+    assert load_image(PIL.Image.new("RGBA", (2, 2), (10, 20, 30, 0))).getpixel((0, 0)) == (10, 20, 30)
+    assert load_image(PIL.Image.new("LA", (2, 2), (7, 0))).getpixel((0, 0)) == (7, 7, 7)
+    assert load_image(PIL.Image.new("CMYK", (2, 2), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(np.full((2, 2, 4), 9, np.uint8)).getpixel((0, 0)) == (9, 9, 9)
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A folder and the address that it is served at."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield tmp_path, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_links(site, picture):
+    folder, address = site
+    for name, content in (("a.png", png(picture)), ("a.mp4", video(4)), ("a.wav", wav(tone(RATE)))):
+        (folder / name).write_bytes(content)
+    assert np.array_equal(np.asarray(load_image(f"{address}/a.png")), picture)
+    assert torch.equal(load_video(f"{address}/a.mp4", 2), load_video(folder / "a.mp4", 2))
+    assert torch.equal(load_audio(f"{address}/a.wav", RATE), load_audio(folder / "a.wav", RATE))
+    for load in (lambda link: load_video(link, 2), lambda link: load_audio(link, RATE)):
+        with pytest.raises(ValueError, match=r"cannot load 'http://127.0.0.1:\d+/b': HTTP Error 404"):
+            load(f"{address}/b")
 
 
 # ---------------------------------------------------------------------------------------------------------- clips
@@ -166,6 +245,8 @@ def test_a_clip_of_pictures_and_of_an_array():
     forms = [torch.from_numpy(frames), torch.from_numpy(frames).permute(0, 3, 1, 2), torch.from_numpy(frames) / 255]
     forms += [list(frames), [PIL.Image.fromarray(frame) for frame in frames]]
     forms.append([{"bytes": png(frame), "path": None} for frame in frames])
+    grey = torch.from_numpy(frames[..., :1])
+    forms += [grey, grey.permute(0, 3, 1, 2), torch.cat([torch.from_numpy(frames), grey], dim=-1)]
     for form in forms:
         assert torch.equal(load_video(form, 5), expected)
 
@@ -178,6 +259,7 @@ def test_videos_that_are_none(picture):
         (b"no video", "cannot decode 8 bytes as a video"),
         (wav(tone(RATE)), "bytes has no video stream"),
         (np.zeros((4, 4, 3), np.uint8), r"expected a clip of shape \(T, H, W, 3\)"),
+        (np.zeros((9, 8, 8, 2), np.uint8), r"expected a clip of shape .* got \(9, 8, 8, 2\)"),
         ([picture, picture[:10]], "expected frames of one size"),
         (3.5, "expected a clip .* got float"),
     ]
@@ -269,6 +351,8 @@ def test_sounds_that_are_none():
         ([0.0, math.nan], "not finite"),
         (np.zeros((50, 50), np.float32), "expected a sound of shape"),
         (np.zeros(4, np.int64), "expected samples as floats or as 8, 16 or 32-bit"),
+        ([0, 1200, -300], "expected samples as floats or as 8, 16 or 32-bit"),
+        (np.full(9, 1200.0), r"expected floats in \[-1, 1\]; the sound has samples up to 1200"),
         (object(), "expected a sound .* got object"),
     ]
     for source, words in cases:

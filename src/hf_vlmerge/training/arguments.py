@@ -24,3 +24,11 @@ class VlmergeTrainingArguments(TrainingArguments):
     decay_as_released: bool = field(
         default=False, metadata={"help": "Decay the norms of per-modality experts, as the released code does."}
     )
+    encouraging_log_end: float | None = field(
+        default=None, metadata={"help": "Encouraging loss of UnIVAL, with a tangent beyond this probability (0.75)."}
+    )
+    drop_worst_ratio: float = field(
+        default=0.0, metadata={"help": "Share of the target tokens with the highest loss that is left out (UnIVAL)."}
+    )
+    drop_worst_after: int = field(default=0, metadata={"help": "Steps after which the worst tokens are left out."})
+    rdrop_alpha: float = field(default=0.0, metadata={"help": "Factor of the divergence of R-drop (UnIVAL)."})

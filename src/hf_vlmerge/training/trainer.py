@@ -6,6 +6,7 @@ import torch
 from transformers import Trainer
 
 from hf_vlmerge.training.groups import decayed_parameters, head_parameters
+from hf_vlmerge.training.objectives import check_loss_options, has_loss_options, loss_options
 
 
 class VlmergeTrainer(Trainer):
@@ -13,15 +14,33 @@ class VlmergeTrainer(Trainer):
     `Trainer` for models whose output has several losses: each field `*_loss` is logged as the mean over the forward
     passes since the last log line, whatever the number of accumulated batches and of processes.
 
+    Where the model's own loss has label smoothing (UnIVAL), `label_smoothing_factor` is its ε, so that it goes together
+    with masks of allowed tokens; the encouraging loss, R-drop and, once enough steps are done, the share of dropped
+    tokens reach the model too.
+
     Takes `VlmergeTrainingArguments`; pass the processor or tokenizer as `processing_class`.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        model = self.plain_model
+        self._own_loss = has_loss_options(model) and self.compute_loss_func is None
+        if self._own_loss:
+            self.label_smoother = None  # keeps the labels from the model
+        else:
+            check_loss_options(self.args, "compute_loss_func" if self.compute_loss_func else type(model).__name__)
         self._loss_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._passes = 0
 
+    @property
+    def plain_model(self) -> torch.nn.Module:
+        """The model whose `forward` names its arguments, without wrappers or adapters."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._own_loss and "labels" in inputs:
+            inputs = {**loss_options(self.args, self.state.global_step, model.training), **inputs}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and isinstance(outputs, dict):
             self._passes += 1

@@ -491,11 +491,21 @@ def test_the_pipeline_takes_our_arguments(pair):
             r"expected token_range .* with 4 <= first < last; got \(70, 70\)",
         ),
         ({"token_range": (70, 93), "max_new_tokens": 3}, "token_range ends at 93; the vocabulary has 92 tokens"),
+        (
+            {"answer_trie": AnswerTrie([[5, 6], [7]]), "min_new_tokens": 2},
+            "min_new_tokens is 2, but there is an answer of 1",
+        ),
+        ({"answer_trie": AnswerTrie([[5, 92]])}, "an answer has token 92; this model has 92 tokens"),
     ],
 )
 def test_what_cannot_be_said(options, message):
     with pytest.raises(ValueError, match=message):
         model_of(towers=[]).generate(**inputs_of(tiny_batch(2, None)), **options)
+
+
+def test_candidates_that_the_model_cannot_say():
+    with pytest.raises(ValueError, match="an answer has token 92; this model has 92 tokens"):
+        model_of(towers=[]).score_candidates(inputs_of(tiny_batch(2, None)), AnswerTrie([[5], [92]]))
 
 
 def test_an_image_where_there_is_no_tower_for_it():

@@ -109,6 +109,27 @@ def test_padding_of_the_text_changes_nothing(kind):
     close(model(**batch).logits, model(**without_mask).logits)
 
 
+@kinds
+@torch.no_grad()
+def test_padding_of_the_text_on_the_left_changes_nothing(kind):
+    """Positions count from the first token; what is returned has the padding on the right."""
+    model, batch = model_of(), tiny_batch(kind=kind)
+    left = batch | {"input_ids": batch["input_ids"].clone(), "attention_mask": batch["attention_mask"].clone()}
+    for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+        for name in ("input_ids", "attention_mask"):
+            left[name][row] = batch[name][row].roll(7 - length)
+    assert not left["attention_mask"][1:, 0].any()
+    close(model(**left).logits, model(**batch).logits)
+    without_mask = {name: tensor for name, tensor in left.items() if name != "attention_mask"}
+    close(model(**without_mask).logits, model(**batch).logits)
+    encoded, expected = (model.model.encoder(**inputs_of(each)) for each in (left, batch))
+    assert torch.equal(encoded.attention_mask, expected.attention_mask)
+    seen = expected.attention_mask.bool()
+    close(encoded.last_hidden_state[seen], expected.last_hidden_state[seen])
+    options = {"num_beams": 2, "max_new_tokens": 5}
+    assert torch.equal(model.generate(**inputs_of(left), **options), model.generate(**inputs_of(batch), **options))
+
+
 @torch.no_grad()
 def test_padding_of_the_target_changes_nothing():
     model, batch, ids = model_of(), inputs_of(tiny_batch()), targets()
@@ -216,6 +237,18 @@ def test_towers_run_once_and_beams_copy_no_pixels():
     assert "pixel_values_videos" not in kept and len(kept["attention_mask"]) == 6
     model.generate(**batch, num_beams=3, max_new_tokens=4)
     assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_the_cache_may_have_either_name_of_the_library():
+    """`past_key_values` became `cache` in transformers 5.24."""
+    model, batch, ids = model_of(towers=[]), inputs_of(tiny_batch(4, None)), targets()
+    exact = model(**batch, decoder_input_ids=ids).logits[:, 5:]
+    for name in ("past_key_values", "cache"):
+        for head, take in ((model, lambda output: output.logits), (model.model, model.lm_head)):
+            first = head(**batch, decoder_input_ids=ids[:, :5], use_cache=True)
+            then = head(**batch, decoder_input_ids=ids[:, 5:], **{name: first[modeling_unival.CACHE]})
+            close(take(then) if head is model else take(then.last_hidden_state), exact)
 
 
 # Training
@@ -527,6 +560,11 @@ def test_a_wrong_configuration_is_refused_in_one_sentence(changes, message):
         ({"pixel_values_videos": tiny_media("video", 4)}, "were given, but this model has no video tower"),
         ({"input_values": tiny_media("audio", 4)}, "pixel_values and input_values were given without media_types"),
         ({"pixel_values": tiny_media("image", 3)}, "pixel_values has 3 rows for 4 texts"),
+        ({"pixel_values": torch.zeros(4, 1, 64, 64)}, r"pixel_values has shape \(4, 1, 64, 64\); expected \(rows, 3,"),
+        ({"pixel_values": torch.zeros(4, 3, 64)}, r"\(4, 3, 64\); expected \(rows, 3, height, width\)"),
+        ({"pixel_values": torch.zeros(4, 3, 64, 64).byte()}, "pixel_values are torch.uint8; expected floats, as the"),
+        ({"input_values": torch.zeros(4, 1, 8000), "pixel_values": None}, r"expected \(rows, samples\)"),
+        ({"input_values": torch.zeros(4, 8000).short(), "pixel_values": None}, "input_values are torch.int16"),
         ({"media_types": torch.zeros(3)}, r"media_types has shape \(3,\); expected \(4,\)"),
         ({"media_types": torch.tensor([0, 0, 0, -1])}, "media_types has 3 rows of kind image, pixel_values has 4"),
         ({"media_types": torch.tensor([0, 0, 0, 2])}, "media_types has 3 rows of kind image, pixel_values has 4"),

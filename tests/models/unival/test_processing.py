@@ -1,5 +1,6 @@
 """The processor against recorded numbers of the original, its laws, and what it says of bad input."""
 
+import base64
 import io
 import json
 import math
@@ -9,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
+import soundfile
 import torch
 
 from hf_vlmerge.models.unival.feature_extraction_unival import UnivalFeatureExtractor
@@ -283,6 +286,20 @@ def test_images_may_be_files_and_arrays(processor, picture):
     assert torch.equal(processor.image_processor([file.getvalue()], return_tensors="pt")["pixel_values"], expected)
 
 
+def test_rows_may_be_columns_of_datasets(processor, picture, sound):
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    rows = {"image": [{"bytes": file.getvalue(), "path": None}] * 2, "text": ["a", "b"], "sound": [sound.tolist()] * 2}
+    data = datasets.Dataset.from_dict(rows)
+    column = data.cast_column("image", datasets.Image())["image"]
+    assert not isinstance(column, list)
+    found = processor(images=column, text=data["text"], targets=data["text"])
+    expected = processor(images=[picture, picture], text=["a", "b"], targets=["a", "b"])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    sounds = processor(audio=data["sound"], text=data["text"])["input_values"]
+    assert torch.equal(sounds, processor(audio=[sound, sound], text=["a", "b"])["input_values"])
+
+
 def test_frames_are_sampled_in_the_middle_or_at_random(processor, clip):
     def levels(**options):
         pixels = processor(videos=clip, text="a", **options)["pixel_values_videos"]
@@ -539,6 +556,13 @@ def test_bad_input_says_what_is_wrong(processor, picture, clip, sound):
             "target of row 0 has .* 96 text positions",
         ),
         ({"text": ["a", 5]}, "expected a string for every row; row 1 has int"),
+        ({"text": 5, "task": "question_answering"}, "expected a string, or one for every row; got int"),
+        ({"text": "a", "images": picture, "size": {"height": 32, "width": 64}}, "expected size to be a square, .*64"),
+        ({"text": "a", "images": picture, "size": {"shortest_edge": 32}}, "expected size to be a square, .*'shortest"),
+        ({"text": "a", "images": picture, "size": 0}, "expected a size of at least 1 pixel; got 0"),
+        ({"text": "a", "videos": clip, "num_frames": 0}, "expected at least one frame to take"),
+        ({"text": "a", "task": "text_to_image", "targets": [[3, 16, 0, 1]]}, "codes from 0 to 15 .* row 0 has others"),
+        ({"text": ["a", "b"], "targets": [[3, 2, 0, 1], "c"]}, "codes from 0 to 15 .* row 1 has others"),
         ({"images": picture, "task": "question_answering"}, "'question_answering' takes question; pass it as text"),
         ({"images": picture, "task": "image_captioning", "text": "a"}, "takes no text; its instruction is ' what does"),
         ({"images": picture, "task": "captions"}, "there is no task 'captions'"),
@@ -628,6 +652,57 @@ def test_a_chat_is_the_text_of_its_messages(processor, picture, clip):
     assert torch.equal(alone["input_ids"], processor(task="image_captioning", images=picture)["input_ids"])
     rows = [chat(image, words), chat({"type": "text", "text": "a"}), chat({"type": "video", "video": clip}, words)]
     assert processor.apply_chat_template(rows, **options)["media_types"].tolist() == [0, -1, 1]
+
+
+def chat(*parts) -> list[dict]:
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": "the bus?"}]}]
+
+
+@pytest.mark.parametrize("key", ["own", "url", "path"])
+def test_media_of_chats_may_be_files(processor, picture, clip, sound, key, tmp_path):
+    """All kinds in one batch; one chat has none."""
+    files = {kind: tmp_path / f"a.{ending}" for kind, ending in (("image", "png"), ("video", "gif"), ("audio", "wav"))}
+    picture.save(files["image"])
+    frames = [PIL.Image.fromarray(frame) for frame in clip]
+    frames[0].save(files["video"], save_all=True, append_images=frames[1:])
+    soundfile.write(files["audio"], sound, 1000, subtype="FLOAT")
+    rows = [chat({"type": kind, kind if key == "own" else key: str(file)}) for kind, file in files.items()]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    found = processor.apply_chat_template([*rows, chat()], **options)
+    assert found["media_types"].tolist() == [0, 1, 2, -1]
+    named = {"images": "image", "videos": "video", "audio": "audio"}
+    places = {name: [None] * 4 for name in named}
+    for row, (name, kind) in enumerate(named.items()):
+        places[name][row] = files[kind]
+    expected = processor(text=[" the bus?"] * 4, **places)
+    assert set(found) == set(expected)
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def test_options_and_forms_of_chats(processor, picture, clip, sound):
+    options = {"tokenize": True, "return_dict": True}
+    found = processor.apply_chat_template(chat({"type": "video", "video": clip}), num_frames=6, **options)
+    assert found["pixel_values_videos"].shape[1] == 6
+    named = processor.apply_chat_template(
+        chat({"type": "video", "video": clip}), processor_kwargs={"num_frames": 6, "frame_size": 8}, **options
+    )
+    assert named["pixel_values_videos"].shape == (1, 6, 3, 8, 8)
+    row = {"array": np.repeat(sound, 2), "sampling_rate": 2000}
+    found = processor.apply_chat_template(chat({"type": "audio", "audio": row}), **options)
+    assert torch.equal(found["input_values"], processor(audio=row, text="a")["input_values"])
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    link = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    for part in ({"type": "image_url", "image_url": {"url": link}}, {"type": "image", "base64": link}):
+        pixels = processor.apply_chat_template(chat(part), **options)["pixel_values"]
+        assert torch.equal(pixels, processor(images=picture, text="a")["pixel_values"])
+    ids = processor.apply_chat_template(chat(), tokenize=True)
+    assert torch.equal(ids, processor(text=" the bus?")["input_ids"])
+    assert processor.apply_chat_template([chat(), chat({"type": "image"})]) == [" the bus?"] * 2
+    with pytest.raises(ValueError, match="chat 1 has 2 media; a row takes one"):
+        two = chat({"type": "audio", "audio": sound}, {"type": "image", "image": picture})
+        processor.apply_chat_template([chat(), two], **options)
 
 
 def test_generated_text_is_decoded(processor):

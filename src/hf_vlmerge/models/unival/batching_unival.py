@@ -1,7 +1,9 @@
 # Copyright 2026 The hf_vlmerge authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What a caller gave, as rows: which media belong to which text, and of what kind each row is."""
 
+from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ def make_rows(**given: Any) -> dict[str, list | None]:
         ValueError: nothing was given, or the numbers of rows differ.
     """
     makers = {"images": image_rows, "videos": video_rows, "audio": audio_rows, "boxes": box_rows}
+    given = {name: _listed(value) for name, value in given.items()}
     rows = {name: None if value is None else makers.get(name, text_rows)(value) for name, value in given.items()}
     lengths = {name: len(value) for name, value in rows.items() if value is not None}
     if not lengths or not max(lengths.values()):
@@ -29,6 +32,12 @@ def make_rows(**given: Any) -> dict[str, list | None]:
         counts = ", ".join(f"{length} in {name}" for name, length in lengths.items())
         raise ValueError(f"expected one entry a row (None for rows without a medium) in every list; got {counts}.")
     return rows
+
+
+def _listed(value: Any) -> Any:
+    """Lists of other kinds, such as a column of the `datasets` library, as lists."""
+    others = (str, bytes, bytearray, memoryview, list, tuple)
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, others) else value
 
 
 def media_types(rows: Mapping[str, list | None]) -> Tensor:
@@ -109,6 +118,8 @@ def text_rows(value: Any) -> list:
     """One text, mapping of texts or list of code numbers, or a list of these."""
     if isinstance(value, (str, Mapping)) or is_array(value):
         return list(value) if is_array(value) and value.ndim == 2 else [value]
+    if not isinstance(value, Iterable):
+        raise ValueError(f"expected a string, or one for every row; got {type(value).__name__}.")
     rows = list(value)
     return [rows] if rows and isinstance(rows[0], int) else rows
 

@@ -47,7 +47,7 @@ class UnivalConfig(PreTrainedConfig):
     """
 
     model_type = "unival"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # its name before transformers 5.24, and since
     attribute_map = {
         "num_hidden_layers": "encoder_layers",
         "encoder_attention_heads": "num_attention_heads",

@@ -48,7 +48,7 @@ class UnivalFeatureExtractor(SequenceFeatureExtractor):
         generator = generator_of(generator)
         sounds = list(raw_speech) if isinstance(raw_speech, (list, tuple)) else [raw_speech]
         if sounds and isinstance(sounds[0], (float, int)):
-            sounds = [torch.tensor(sounds, dtype=torch.float32)]
+            sounds = [sounds]
         if not sounds:
             raise ValueError("expected at least one sound; got an empty list.")
         rows = [self.fit(load_audio(sound, self.sampling_rate, sampling_rate), generator) for sound in sounds]

@@ -65,6 +65,34 @@ class AnswerTrie:
         """Tokens that continue a prefix; only the end follows what begins no answer."""
         return list(self._next.get(prefix, (self.end_token_id,)))
 
+    def allowed_tokens(self, labels: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """
+        What may be said at each place of some answers: `allowed_tokens` of the model's loss, for training among them.
+
+        Args:
+            labels: answers with their end token, -100 elsewhere, as the processor gives them.
+            vocab_size: of the model.
+
+        Shapes:
+            labels (B, Q) -> (B, Q, vocab_size) bool; all True where no loss is wanted
+
+        Raises:
+            ValueError: a row is none of the answers.
+        """
+        mask = torch.ones(*labels.shape, vocab_size, dtype=torch.bool)
+        for row, tokens in enumerate(labels.tolist()):
+            prefix: tuple[int, ...] = ()
+            for place, token in enumerate(tokens):
+                if token == -100:
+                    continue
+                allowed = self.allowed(prefix)
+                if token not in allowed:
+                    raise ValueError(f"the label of row {row} is none of the answers: {[t for t in tokens if t >= 0]}.")
+                mask[row, place] = False
+                mask[row, place, allowed] = True
+                prefix += (token,)
+        return mask.to(labels.device)
+
     @property
     def max_new_tokens(self) -> int:
         """Tokens of the longest answer and the end."""
@@ -104,22 +132,33 @@ class TrieMask(RenormalisedMask):
         return mask
 
 
+def range_mask(token_range: tuple[int, int], vocab_size: int, device: torch.device | None = None) -> torch.BoolTensor:
+    """
+    True for tokens from the first to before the last, and for the special ones: `allowed_tokens` of the model's loss.
+
+    Shapes:
+        -> (1, 1, vocab_size)
+
+    Raises:
+        ValueError: there are no such tokens.
+    """
+    first, last = token_range
+    if not SPECIAL_IDS <= first < last:
+        raise ValueError(f"expected token_range (first, last) with {SPECIAL_IDS} <= first < last; got {first, last}.")
+    if last > vocab_size:
+        raise ValueError(f"token_range ends at {last}; the vocabulary has {vocab_size} tokens.")
+    ids = torch.arange(vocab_size, device=device)
+    return ((ids < SPECIAL_IDS) | ((ids >= first) & (ids < last)))[None, None]
+
+
 class RangeMask(RenormalisedMask):
     """Only tokens from `first` to `last` - 1, and the special ones."""
 
     def __init__(self, first: int, last: int):
-        if not SPECIAL_IDS <= first < last:
-            raise ValueError(
-                f"expected token_range (first, last) with {SPECIAL_IDS} <= first < last; got {first, last}."
-            )
-        self.first = first
-        self.last = last
+        self.token_range = (first, last)
 
     def forbidden(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.BoolTensor:
-        if self.last > scores.shape[-1]:
-            raise ValueError(f"token_range ends at {self.last}; the vocabulary has {scores.shape[-1]} tokens.")
-        ids = torch.arange(scores.shape[-1], device=scores.device)
-        return (ids >= SPECIAL_IDS) & ((ids < self.first) | (ids >= self.last))
+        return ~range_mask(self.token_range, scores.shape[-1], scores.device)[0]
 
 
 class EndOfTarget(LogitsProcessor):
@@ -180,7 +219,8 @@ class UnivalGenerationMixin(GenerationMixin):
                 do, the length is that of a whole image unless another is given.
 
         Raises:
-            ValueError: a target of this length has more tokens than the model has positions.
+            ValueError: a target of this length has more tokens than the model has positions, an answer is shorter than
+                the least length, or the model has not its tokens.
         """
         kwargs |= self._prompts(kwargs)
         start = kwargs["decoder_input_ids"].shape[1] if "decoder_input_ids" in kwargs else 1
@@ -223,6 +263,9 @@ class UnivalGenerationMixin(GenerationMixin):
         self._check_length(generation_config.max_length, code_rows)
         ends = generation_config.eos_token_id
         rules = [*(logits_processor or ())]
+        for rule in rules:
+            if isinstance(rule, TrieMask):
+                self._check_answers(rule.trie, generation_config.min_new_tokens or 0)
         if ends is not None:
             ends = ends if isinstance(ends, list) else [ends]
             rules.append(EndOfTarget(generation_config.max_length, ends, self.config.pad_token_id, code_rows))
@@ -232,6 +275,14 @@ class UnivalGenerationMixin(GenerationMixin):
         # masks renormalise what the model says, not what minimum lengths and repeated n-grams have left of it
         rules.sort(key=lambda rule: not isinstance(rule, RenormalisedMask))
         return rules
+
+    def _check_answers(self, trie: AnswerTrie, least: int = 0) -> None:
+        """At a place where a rule forbids the end and the trie all else, any token might be said."""
+        shortest = min(map(len, trie.answers))
+        if least > shortest:
+            raise ValueError(f"min_new_tokens is {least}, but there is an answer of {shortest}; expected at most that.")
+        if trie.tokens[-1] >= self.config.vocab_size:
+            raise ValueError(f"an answer has token {trie.tokens[-1]}; this model has {self.config.vocab_size} tokens.")
 
     def _check_length(self, length: int, code_rows: torch.Tensor | None) -> None:
         """The last token of a target needs no position: it is not read again."""
@@ -264,6 +315,7 @@ class UnivalGenerationMixin(GenerationMixin):
         Shapes:
             -> (B, C), float32
         """
+        self._check_answers(candidates)
         encoder_inputs = {name: value for name, value in inputs.items() if name not in DECODER_INPUTS}
         encoded = self.get_encoder()(**encoder_inputs, return_dict=True)
         rows = len(encoded.last_hidden_state)
@@ -368,4 +420,4 @@ def rank_images(clip: Any, processor: Any, texts: Sequence[str], images: Sequenc
     return (image.view(len(texts), -1, image.shape[-1]) * text[:, None]).sum(dim=-1)
 
 
-__all__ = ["GENERATION_SETTINGS", "AnswerTrie", "UnivalGenerationMixin", "rank_images"]
+__all__ = ["GENERATION_SETTINGS", "AnswerTrie", "UnivalGenerationMixin", "range_mask", "rank_images"]

@@ -2,8 +2,8 @@
 """
 Pictures, clips and sounds from whatever they come in: decoded with Pillow, PyAV and soundfile.
 
-A medium may be given as a path, bytes, a file object, an array or tensor, or the `{"bytes": ..., "path": ...}` of a
-column of the `datasets` library; pictures also as Pillow images, links and base64, clips also as lists of pictures,
+A medium may be given as a path, a link, bytes, a file object, an array or tensor, or the `{"bytes": ..., "path": ...}`
+of a column of the `datasets` library; pictures also as Pillow images and base64, clips also as lists of pictures,
 sounds also as `{"array": ..., "sampling_rate": ...}`.
 """
 
@@ -11,6 +11,7 @@ import io
 import os
 from collections.abc import Mapping
 from typing import Any
+from urllib.request import urlopen
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from transformers.image_utils import to_numpy_array
 
 INTEGER_SCALES = {torch.int8: 2.0**7, torch.int16: 2.0**15, torch.int32: 2.0**31}  # signed samples -> [-1, 1)
 FILTER_REACH = 64  # samples of the lower rate that the resampler looks ahead, and more
+LOUDEST = 16.0  # floats beyond it are no samples in [-1, 1], somewhat too loud
+LINKS = ("http://", "https://")
+SECONDS = 60  # without an answer to a link
 MAX_CHANNELS = 32  # a sound in two dimensions with more than this on both sides is not a sound
 
 
@@ -34,15 +38,21 @@ def is_pil(value: Any) -> bool:
 
 def is_array(value: Any) -> bool:
     """Whether the value is a tensor or a NumPy array."""
+    if isinstance(value, (str, bytes)):  # NumPy has its own
+        return False
     return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "shape"))
 
 
 def tensor_of(array: Any) -> Tensor:
-    """The numbers of a tensor or a NumPy array (a copy of one that may not be written to), on the CPU."""
+    """The numbers of a tensor or a NumPy array, on the CPU; of one that PyTorch cannot share, a copy."""
     if isinstance(array, Tensor):
         return array.detach().cpu()
-    flags = getattr(array, "flags", None)
-    return torch.as_tensor(array if flags is None or flags.writeable else array.copy())
+    dtype, flags = getattr(array, "dtype", None), getattr(array, "flags", None)
+    if getattr(dtype, "isnative", True) is False:  # the other order of bytes
+        array = array.astype(dtype.newbyteorder("="))
+    elif flags is not None and (not flags.writeable or any(stride < 0 for stride in array.strides)):
+        array = array.copy()  # such as BGR turned around
+    return torch.as_tensor(array)
 
 
 def is_file(value: Any) -> bool:
@@ -58,7 +68,7 @@ def open_file(source: Any) -> tuple[Any, str]:
 
     Raises:
         FileNotFoundError: there is no file of that name.
-        ValueError: the source has no bytes.
+        ValueError: the source has no bytes, or a link gives none.
     """
     if isinstance(source, Mapping):
         if source.get("bytes") is None and source.get("path") is None:
@@ -76,6 +86,13 @@ def open_file(source: Any) -> tuple[Any, str]:
         name = f"file object {getattr(source, 'name', '')!r}".replace(" ''", "")
         if isinstance(content, str):
             raise ValueError(f"{name} is open as text; open it in binary mode ('rb').")
+    elif isinstance(source, str) and source.startswith(LINKS):
+        name = repr(source)
+        try:
+            with urlopen(source, timeout=SECONDS) as answer:
+                content = answer.read()
+        except OSError as error:
+            raise ValueError(f"cannot load {name}: {error}") from error
     else:
         path = os.path.expanduser(os.fspath(source))
         if not os.path.isfile(path):
@@ -105,11 +122,13 @@ def load_image(source: Any) -> Any:
         import PIL.ImageOps
     except ImportError as error:
         raise ImportError("decoding pictures needs Pillow: pip install pillow") from error
-    name = "the picture"
+    name = "the image"
     if is_array(source):
         source = PIL.Image.fromarray(to_numpy_array(_pixels(source)))
     try:
         if isinstance(source, str) and not os.path.isfile(source):
+            if "." in source and not source.startswith((*LINKS, "data:")):  # base64 has no dots
+                raise FileNotFoundError(f"there is no file {source!r}.")
             name = f"{source[:60]!r}"
             source = load_image_from_text(source)  # a link or base64, else an error that says so
         elif is_file(source):
@@ -118,11 +137,19 @@ def load_image(source: Any) -> Any:
         if not is_pil(source):
             raise TypeError(f"expected a picture (Pillow, array, path, bytes or file object); got {_kind(source)}.")
         image = PIL.ImageOps.exif_transpose(source)
+        if image.mode.startswith(("I", "F")):  # Pillow would cut what is above 255 rather than scale it
+            image = PIL.Image.fromarray(to_numpy_array(_pixels(_deep_grey(image))))
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         if isinstance(error, FileNotFoundError) or "nothing to decode" in str(error):
             raise
         raise ValueError(f"cannot decode {name} as a picture: {error}") from error
+
+
+def _deep_grey(image: Any) -> Tensor:
+    """A grey picture of more than 8 bits: one of 16 bits as 8 bits, others as they are."""
+    array = tensor_of(to_numpy_array(image))
+    return array.long() >> 8 if image.mode.startswith("I;16") else array
 
 
 def _pixels(array: Any) -> Tensor:
@@ -146,6 +173,8 @@ def _bytes_of_pixels(array: Tensor) -> Tensor:
         return (array * 255).round().to(torch.uint8)
     if array.dtype == torch.bool:
         return array.to(torch.uint8) * 255
+    if array.is_complex():
+        raise ValueError("expected pixels from 0 to 255 or floats in [0, 1]; got complex numbers.")
     array = array if array.dtype == torch.uint8 else array.long()
     if array.numel() and (array.min() < 0 or array.max() > 255):
         raise ValueError("expected pixels from 0 to 255 or floats in [0, 1]; got integers outside that range.")
@@ -186,7 +215,8 @@ def load_video(source: Any, num_frames: int, generator: "torch.Generator | int |
     The sampled frames of a clip.
 
     Args:
-        source: as the module says; a list of pictures is a clip too. Arrays are (T, H, W, 3) or (T, 3, H, W).
+        source: as the module says; a list of pictures is a clip too. Arrays are (T, H, W, C) or (T, C, H, W) with
+            C = 1, 3 or 4.
         num_frames, generator: as in `sample_frames`.
 
     Shapes:
@@ -206,11 +236,14 @@ def load_video(source: Any, num_frames: int, generator: "torch.Generator | int |
 
 
 def _frames_of_array(array: Tensor, num_frames: int, generator) -> Tensor:
-    if array.ndim != 4 or 3 not in (array.shape[1], array.shape[-1]):
-        raise ValueError(f"expected a clip of shape (T, H, W, 3) or (T, 3, H, W); got {tuple(array.shape)}.")
+    shape = tuple(array.shape)
+    if array.ndim == 4 and array.shape[-1] not in (1, 3, 4) and array.shape[1] in (1, 3, 4):
+        array = array.permute(0, 2, 3, 1)
+    if array.ndim != 4 or array.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"expected a clip of shape (T, H, W, 3) or (T, 3, H, W); got {shape}.")
     _check_not_empty(array.shape[0], "the clip")
     array = array[sample_frames(array.shape[0], num_frames, generator)]
-    return _bytes_of_pixels(array.permute(0, 3, 1, 2) if array.shape[-1] == 3 else array)
+    return _bytes_of_pixels(array[..., :3]).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
 
 
 def _frames_of_pictures(pictures: list, num_frames: int, generator) -> Tensor:
@@ -311,7 +344,7 @@ def load_audio(source: Any, sampling_rate: int, source_rate: int | None = None) 
     if isinstance(source, Mapping) and "array" in source:
         source, source_rate = source["array"], source.get("sampling_rate", source_rate)
     if isinstance(source, (list, tuple)):
-        source = torch.tensor(source, dtype=torch.float32)
+        source = torch.tensor(source)
     if is_array(source):
         wave = _samples(tensor_of(source))
     elif is_file(source):
@@ -360,6 +393,8 @@ def _samples(array: Tensor) -> Tensor:
         array = (array.double() / INTEGER_SCALES[array.dtype]).float()
     elif not array.is_floating_point():
         raise ValueError(f"expected samples as floats or as 8, 16 or 32-bit integers; got {array.dtype}.")
+    elif array.numel() and LOUDEST < array.abs().max() < torch.inf:
+        raise ValueError(f"expected floats in [-1, 1]; the sound has samples up to {array.abs().max():g}.")
     array = array.float()
     return array.mean(dim=1) if array.ndim == 2 else array
 

@@ -10,7 +10,9 @@ B = batch, N = media tokens, T = text tokens, L = N + T, Q = target tokens of th
 D = width, H = heads, G = side of the position grid, V = vocabulary, K = kinds of media in a batch.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,8 +45,16 @@ from .encoders_unival import UnivalVideoTower
 from .encoders_unival import fourier_kernels
 from .encoders_unival import mel_matrix
 from .generation_unival import UnivalGenerationMixin
+from .losses_unival import mean_loss
 
 INPUT_OF = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_values"}
+SHAPE_OF = {
+    "image": ("rows", 3, "height", "width"),
+    "video": ("rows", "frames", 3, "height", "width"),
+    "audio": ("rows", "samples"),
+}
+# transformers 5.24 renamed past_key_values, in arguments and outputs
+CACHE = "cache" if "cache" in Seq2SeqLMOutput.__annotations__ else "past_key_values"
 
 
 @dataclass
@@ -168,10 +178,30 @@ def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible.bool(), torch.finfo(dtype).min / 2)
 
 
+def padding_to_the_right(embeddings: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of texts count from their first token, so rows begin with it: (B, T, D), (B, T) -> the same"""
+    length = mask.shape[1]
+    padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+    place = (torch.arange(length, device=mask.device) + padding) % length
+    return embeddings.gather(1, place[..., None].expand_as(embeddings)), mask.gather(1, place)
+
+
 def shift_right(labels: torch.Tensor, pad_token_id: int, start_token_id: int) -> torch.Tensor:
     """Decoder input of a target: the start token, then all but the last label (-100 becomes padding). (B, S)"""
     shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=start_token_id)
     return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+def with_either_name_of_the_cache(forward: Callable) -> Callable:
+    """Lets `forward` take its `past_key_values` as `cache` too, whatever the version of the library."""
+
+    @functools.wraps(forward)
+    def renamed(self, *args, cache: Cache | None = None, **kwargs):
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+        return forward(self, *args, **kwargs)
+
+    return renamed
 
 
 def eager_attention_forward(
@@ -354,7 +384,7 @@ class UnivalPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["UnivalEncoderLayer", "UnivalDecoderLayer", "UnivalBottleneck", "UnivalAudioBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict = ["stft"]
 
     @torch.no_grad()
@@ -438,7 +468,8 @@ class UnivalEncoder(UnivalStack):
     ) -> UnivalEncoderOutput:
         """
         Args:
-            attention_mask: 1 = token, 0 = padding; padding tokens are masked where it is absent.
+            attention_mask: 1 = token, 0 = padding; padding tokens are masked where it is absent. Padding on the left is
+                moved to the right, in all that is returned.
             media_types: the media of each row: -1 none, 0 image, 1 clip, 2 sound. The media tensors then hold only the
                 rows that have that media, in row order; without it every row has the one media that is given.
 
@@ -456,6 +487,8 @@ class UnivalEncoder(UnivalStack):
             attention_mask = torch.ones(inputs_embeds.shape[:2], device=inputs_embeds.device)
         given = {"image": pixel_values, "video": pixel_values_videos, "audio": input_values}
         media = self.embed_media(given, media_types, len(inputs_embeds))
+        if torch.compiler.is_compiling() or not attention_mask[:, :1].all():
+            inputs_embeds, attention_mask = padding_to_the_right(inputs_embeds, attention_mask)
         text = self.dropout(self.text_norm(inputs_embeds + self.type_embedding.weight[0]))
         positions, biases = self.position_biases(media, inputs_embeds.shape[1])
 
@@ -485,11 +518,17 @@ class UnivalEncoder(UnivalStack):
     ) -> Media | None:
         """Runs each tower over its rows and puts the tokens where they belong; None if there is no media at all."""
         given = {kind: values for kind, values in given.items() if values is not None and len(values)}
-        for kind in given:
+        for kind, values in given.items():
             if kind not in self.config.towers:
                 raise ValueError(
                     f"{INPUT_OF[kind]} were given, but this model has no {kind} tower (towers: {self.config.towers})."
                 )
+            shape = SHAPE_OF[kind]
+            if values.dim() != len(shape) or (kind != "audio" and values.shape[-3] != 3):
+                expected = ", ".join(map(str, shape))
+                raise ValueError(f"{INPUT_OF[kind]} has shape {tuple(values.shape)}; expected ({expected}).")
+            if not values.is_floating_point():
+                raise ValueError(f"{INPUT_OF[kind]} are {values.dtype}; expected floats, as the processor gives them.")
         places = self.place_media(given, media_types, rows)
         if not given:
             return None
@@ -652,7 +691,7 @@ class UnivalDecoder(UnivalStack):
                 **kwargs,
             )
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+            last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values}
         )
 
     def cross_bias(
@@ -777,6 +816,7 @@ class UnivalModel(UnivalPreTrainedModel):
         self.shared = self.encoder.embed_tokens = self.decoder.embed_tokens = value
 
     @can_return_tuple
+    @with_either_name_of_the_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -834,7 +874,7 @@ class UnivalModel(UnivalPreTrainedModel):
         )
         return Seq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
+            **{CACHE: getattr(decoder_outputs, CACHE)},
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
@@ -856,6 +896,7 @@ class UnivalForConditionalGeneration(UnivalPreTrainedModel, UnivalGenerationMixi
         self.post_init()
 
     @can_return_tuple
+    @with_either_name_of_the_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -875,39 +916,73 @@ class UnivalForConditionalGeneration(UnivalPreTrainedModel, UnivalGenerationMixi
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        smoothing: float = 0.0,
+        allowed_tokens: torch.BoolTensor | None = None,
+        confidence: torch.FloatTensor | None = None,
+        encouraging_log_end: float | None = None,
+        drop_worst_ratio: float = 0.0,
+        rdrop_alpha: float = 0.0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
         """
-        As `UnivalModel.forward`, with logits, and with the cross-entropy if `labels` are given.
+        As `UnivalModel.forward`, with logits, and with a loss if `labels` are given: plain cross-entropy unless more is
+        asked for.
 
         Args:
             labels: target ids with the end token, -100 where no loss is wanted; the decoder's input is made from them
-                where it is absent. The loss is the mean over the others, or their sum over `num_items_in_batch`.
+                where it is absent. The loss is the mean over the others.
             logits_to_keep: compute the logits of this many last tokens only; 0 = of all.
+            num_items_in_batch: labels that are not -100 in all batches (and processes) whose losses are added up: the
+                loss is then this batch's share of their mean. The `Trainer` passes it.
+            smoothing, encouraging_log_end, drop_worst_ratio: see `losses_unival.target_loss`. What is not dropped
+                stands for all tokens of the batch.
+            allowed_tokens: True for tokens that may be said, as `AnswerTrie.allowed_tokens` and `range_mask` make it.
+            confidence: of each row's target, a factor of its log-probabilities.
+            rdrop_alpha: in training, run twice with different dropout, and add this factor of their divergence.
 
         Shapes:
-            labels (B, Q) -> loss (), logits (B, Q, V), encoder_last_hidden_state (B, L, D)
+            labels (B, Q); allowed_tokens, to (B, Q, V); confidence (B,)
+            -> loss (), logits (B, Q, V), encoder_last_hidden_state (B, L, D)
         """
         if labels is not None:
             use_cache = False
-            if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = shift_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
-        outputs = self.model(
-            input_ids, attention_mask, pixel_values, pixel_values_videos, input_values, media_types, decoder_input_ids,
-            decoder_attention_mask, decoder_code_mask, encoder_outputs, past_key_values, inputs_embeds,
-            decoder_inputs_embeds, use_cache, return_dict=True, **kwargs,
-        )  # fmt: skip
-        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
-        loss = None
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            if labels is not None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+            elif num_items_in_batch is not None:
+                raise ValueError(
+                    "the Trainer keeps the labels to itself with label_smoothing_factor or compute_loss_func; expected "
+                    "decoder_input_ids in the batch, as the processor and DataCollatorForSeq2Seq give them."
+                )
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values,
+            "pixel_values_videos": pixel_values_videos, "input_values": input_values, "media_types": media_types,
+            "decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask,
+            "decoder_code_mask": decoder_code_mask, "encoder_outputs": encoder_outputs,
+            "past_key_values": past_key_values, "inputs_embeds": inputs_embeds,
+            "decoder_inputs_embeds": decoder_inputs_embeds, "use_cache": use_cache, "return_dict": True, **kwargs,
+        }  # fmt: skip
+        outputs = self.model(**inputs)
+        logits, loss = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:]), None
         if labels is not None:
-            total = nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+            passes = [logits]
+            if rdrop_alpha and self.training:
+                passes.append(self.lm_head(self.model(**inputs).last_hidden_state))
+            loss = mean_loss(
+                passes,
+                labels,
+                num_items_in_batch,
+                smoothing=smoothing,
+                allowed_tokens=allowed_tokens,
+                confidence=confidence,
+                encouraging_log_end=encouraging_log_end,
+                drop_worst_ratio=drop_worst_ratio,
+                rdrop_alpha=rdrop_alpha,
             )
-            loss = total / ((labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,

@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_vlmerge authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Text, images, clips and sounds for UnIVAL in one call, and model output back to boxes and codes."""
 
+import inspect
 from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.processing_utils import ProcessorMixin
 from .batching_unival import make_rows
 from .batching_unival import media_types
 from .batching_unival import text_rows
+from .chats_unival import media_of_chats
 from .generation_unival import GENERATION_SETTINGS
 from .generation_unival import AnswerTrie
 from .grounding_unival import bins_of_boxes
@@ -138,13 +140,15 @@ class UnivalProcessor(ProcessorMixin):
         if prompt_type not in PROMPT_TYPES:
             raise ValueError(f"expected prompt_type to be one of {PROMPT_TYPES}; got {prompt_type!r}.")
         generator = generator_of(generator)
-        size = size["height"] if isinstance(size, Mapping) else size
+        size = _side(size)
         rows = make_rows(images=images, videos=videos, audio=audio, text=text, boxes=boxes, targets=targets)
         data = {"media_types": media_types(rows)}
         grounding = boxes is not None or (task is not None and prompt_of(task).grounding)
         pictures = {i: load_image(each) for i, each in enumerate(rows["images"] or ()) if each is not None}
-        data |= self._images(list(pictures.values()), size or (self.grounding_size if grounding else None))
-        data |= self._videos(rows["videos"], num_frames or self.num_frames, frame_size or self.frame_size, generator)
+        size = self.grounding_size if size is None and grounding else size
+        num_frames = self.num_frames if num_frames is None else num_frames
+        data |= self._images(list(pictures.values()), size)
+        data |= self._videos(rows["videos"], num_frames, frame_size or self.frame_size, generator)
         data |= self._audio(rows["audio"], sampling_rate, generator)
         box_tokens = self._box_tokens(rows["boxes"], pictures, data)
 
@@ -155,13 +159,47 @@ class UnivalProcessor(ProcessorMixin):
             self._check_positions(source_ids, "text")
             data |= self._padded_sources(source_ids, padding, max_length)
         says_codes = _says_codes(rows["targets"], task)
-        answers = _answers(rows["targets"], task, rows["boxes"])
+        answers = _answers(rows["targets"], task, rows["boxes"], self._counts["code"])
         if answers is not None:
             answers = self._encode(_with_boxes(answers, box_tokens), truncation and not says_codes, None)
         data |= self._decoder_inputs(source_ids, answers, prompt_type, says_codes)
         if says_codes:
             data["decoder_code_mask"] = torch.ones(len(data["media_types"]), dtype=torch.bool)
         return _tensors(data, return_tensors)
+
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template=None,
+        *,
+        tokenize=False,
+        return_dict=False,
+        return_tensors="pt",
+        processor_kwargs=None,
+        **kwargs,
+    ):
+        """
+        The text of one chat or several, or with `tokenize` the inputs of the model, one row a chat.
+
+        Args:
+            conversation: messages whose content is a string or a list of parts: texts, and one image, video or sound,
+                `{"type": "audio", "path": ...}`. The source stands under the kind's name, "url" or "path", and may be
+                whatever `__call__` takes.
+            return_dict: the inputs rather than `input_ids` alone.
+            processor_kwargs: arguments of `__call__`, which may also be given as they are.
+            **kwargs: as for any processor, such as `add_generation_prompt`.
+
+        Raises:
+            ValueError: a chat has more than one medium, or what `__call__` raises.
+        """
+        own = set(inspect.signature(self.__call__).parameters)
+        options = {name: kwargs.pop(name) for name in own & kwargs.keys()} | (processor_kwargs or {})
+        text = super().apply_chat_template(conversation, chat_template, tokenize=False, **kwargs)
+        if not tokenize:
+            return text
+        kind = "pt" if return_tensors in (None, "auto") else return_tensors
+        inputs = self(text=text, **media_of_chats(conversation) | {"return_tensors": kind} | options)
+        return inputs if return_dict else inputs["input_ids"]
 
     def _images(self, pictures: list, side: int | None) -> dict[str, Tensor]:
         if not pictures:
@@ -371,14 +409,24 @@ def _sources(texts: list | None, task: str | None, count: int) -> list[str] | No
     return [make_prompt(task, **(text if isinstance(text, Mapping) else {fields[0]: text})) for text in texts]
 
 
-def _answers(targets: list | None, task: str | None, boxes: list | None) -> list[str] | None:
+def _side(size: Any) -> int | None:
+    """Of a square, from a number or what image processors take."""
+    side = size.get("height") if isinstance(size, Mapping) else size
+    if isinstance(size, Mapping) and set(size.items()) != {("height", side), ("width", side)}:
+        raise ValueError(f"expected size to be a square, a number or equal height and width; got {dict(size)}.")
+    if side is not None and side < 1:
+        raise ValueError(f"expected a size of at least 1 pixel; got {side}.")
+    return side
+
+
+def _answers(targets: list | None, task: str | None, boxes: list | None, num_codes: int) -> list[str] | None:
     """What is to be said in all rows."""
     if targets is None:
         if boxes is None or task is None or prompt_of(task).target != BOX:
             return None
         return [BOX] * len(boxes)
     if _says_codes(targets, None):
-        return ["".join(f"<code_{int(code)}>" for code in codes) for codes in targets]
+        return [_code_tokens(codes, row, num_codes) for row, codes in enumerate(targets)]
     if task is not None:
         return [make_target(task, target) for target in targets]
     return [_spaced(target, row) for row, target in enumerate(targets)]
@@ -387,6 +435,13 @@ def _answers(targets: list | None, task: str | None, boxes: list | None) -> list
 def _says_codes(targets: list | None, task: str | None) -> bool:
     """Whether the rows are to be answered with images: targets are then numbers of codes."""
     return (task is not None and prompt_of(task).codes) or (targets is not None and not isinstance(targets[0], str))
+
+
+def _code_tokens(codes: Any, row: int, count: int) -> str:
+    """The tokens of an image. Others than those of the vocabulary would be spelled as text."""
+    if isinstance(codes, str) or not all(0 <= int(code) < count for code in codes):
+        raise ValueError(f"expected image codes from 0 to {count - 1} for every row; row {row} has others.")
+    return "".join(f"<code_{int(code)}>" for code in codes)
 
 
 def _spaced(text: Any, row: int) -> str:
