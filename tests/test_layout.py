@@ -16,8 +16,8 @@ ROOMS = {
 
 # Room -> our rooms that it may import from. The rooms of level 0 are parts of `merging` and `metrics`.
 MAY_IMPORT = {
-    "merging/methods": {"merging._matrix", "merging._ops", "merging.registry"},
-    "merging/distances": {"merging._ops", "merging.registry"},
+    "merging/methods": {"merging._matrix", "merging._ops", "merging._order", "merging.registry"},
+    "merging/distances": {"merging._ops", "merging._order", "merging.registry"},
     "metrics": {"metrics"},
     "merging": {"merging"},
     "conversion": {"conversion", "merging.tensors", "models"},

@@ -14,7 +14,7 @@ from ..registry import Chunk, Program, merge_method
     needs_base=True,
     weighted=False,
     members=(1, 1),
-    cost="O(P); three passes for the quartiles",
+    cost="O(P); two passes for the quartiles",
     disagreements="mergekit takes the quartiles of tensors with more than a million entries from a random sample; here "
     "they are exact. The softmax of weights makes the result depend on their scale.",
 )

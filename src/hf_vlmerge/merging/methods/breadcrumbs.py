@@ -20,7 +20,7 @@ from ..registry import Chunk, PerMember, Program, merge_method
     unit="row",
     needs_base=True,
     mergekit={"density": 1.0, "gamma": 0.01},
-    cost="O(n P); three passes find the thresholds",
+    cost="O(n P); a pass finds the thresholds",
     disagreements="mergekit ranks magnitudes over each tensor, as the paper's text does; the paper's code ranks them "
     "within each row.",
 )

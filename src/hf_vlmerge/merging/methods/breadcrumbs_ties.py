@@ -30,7 +30,7 @@ from ..registry import Chunk, PerMember, Program, merge_method
         "mean": "weights",
         "zero_sign": "positive",
     },
-    cost="O(n P); three passes find the thresholds",
+    cost="O(n P); a pass finds the thresholds",
     disagreements="As breadcrumbs and ties; mergekit, where the combination comes from, sums what agrees.",
 )
 def breadcrumbs_ties(

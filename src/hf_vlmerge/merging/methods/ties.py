@@ -22,7 +22,7 @@ from ..registry import Chunk, PerMember, Program, merge_method
     paper="2306.01708",
     needs_base=True,
     mergekit={"density": 1.0, "scope": "tensor", "elect": "weighted", "mean": "weights", "zero_sign": "positive"},
-    cost="O(n P); three passes find the thresholds",
+    cost="O(n P); a pass finds the thresholds, over the whole model one or two",
     disagreements="The paper's code trims over the whole model and gives sums of zero the majority's sign; mergekit "
     "and peft trim tensor by tensor and count zero as positive. mergekit elects on weighted vectors and divides by "
     "weights, peft elects on unweighted ones and divides by counts. Here all entries tied at the threshold are kept, "
