@@ -56,7 +56,7 @@ def test_dare_divides_what_is_kept_by_its_probability():
 def test_della_keeps_larger_entries_more_often_and_divides_by_their_probability():
     base, random = torch.zeros(400, 9), torch.Generator().manual_seed(0)
     order = torch.stack([torch.randperm(9, generator=random) for _ in range(400)])
-    tau = (order + 1.0) * torch.where(torch.rand(400, 9, generator=random) < 0.5, -1.0, 1.0)  # magnitudes 1 to 9 in each row
+    tau = (order + 1.0) * torch.where(torch.rand(400, 9, generator=random) < 0.5, -1.0, 1.0)  # magnitudes 1 to 9
     sparse = get_merge_method("della_linear")([tau], base=base, density=0.5, epsilon=0.4)
     probability = 0.1 + 0.8 * order / 8
     mask = sparse != 0
