@@ -102,9 +102,11 @@ class Reader:
         length, step = SAMPLED_RUN, size // count - SAMPLED_RUN - 1  # not in step with the rows
         if size < 4 * SAMPLED_RUN * count:
             count, length, step = 1, size, size
-        values = self.empty(group, count * length)
-        for ref, place in zip(group.refs, values.view(-1, count, length).unbind(), strict=True):
-            place.copy_(self.stored(ref, 0, count * step).view(count, step)[:, :length])
+        values, at_once = self.empty(group, count * length), max(1, RUN // max(1, step))
+        for ref, place in zip(group.refs, values.view(len(group.refs), count, length).unbind(), strict=True):
+            for i in range(0, count, at_once):
+                runs = place[i : i + at_once]
+                runs.copy_(self.stored(ref, i * step, (i + len(runs)) * step).view(len(runs), step)[:, :length])
         return replace(self.chunk(group, values, (-1,), 0), stands_for=size)
 
     def empty(self, group: MergeGroup, count: int) -> Tensor:
