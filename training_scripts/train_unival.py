@@ -1,7 +1,7 @@
 """Train one small UnIVAL on pictures, clips and sounds at once, and score it beside rules that need no network.
 
 Gives   a folder with model and processor, results.json and results.md; prints the table.
-Costs   8 minutes on two CPU cores with the settings file here.
+Costs   10 minutes on one CPU core with the settings file here.
 Run     python training_scripts/train_unival.py training_scripts/settings/unival.yaml DATA runs/unival
 
 DATA is a folder with a folder for each `data` of the settings' tasks, with train.parquet and validation.parquet. Every
