@@ -1,10 +1,10 @@
 """Tasks of UnIVAL as rows of Parquet files, and batches that mix them. Used by `train_unival.py`."""
 
 import random
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Sizes:
     """What media are brought to before they are kept in memory."""
 
     image_size: int
+    frame_size: int
     num_frames: int
     sampling_rate: int
 
@@ -41,6 +42,7 @@ class Example:
     targets: list[str]  # all of them right
     media: str  # image, video or audio
     medium: Any
+    row: int  # of its data set; examples of one row are about one medium
     group: Any  # examples of one group are not independent
     box: list[float] | None = None  # x0, y0, x1, y1 in pixels of the medium
 
@@ -58,7 +60,7 @@ class Task:
         target: column of what is to be said, or of boxes; lists go with lists of texts, else they are alternatives.
         text: column of what is asked, a string or a list.
         question: one text for all rows, in place of `text`.
-        rows: rows of a batch; 0 is only scored.
+        texts: in a batch about each medium; 0 is only scored.
         only: the one text that is scored, of many.
         group: column whose value examples share that are not independent; by default those of one medium.
         max_words: of captions.
@@ -73,7 +75,7 @@ class Task:
     target: str
     text: str | None = None
     question: str | None = None
-    rows: int = 0
+    texts: int = 0
     only: str | None = None
     group: str | None = None
     max_words: int = 30
@@ -92,7 +94,7 @@ class Task:
                 continue
             box = (np.array(target) * scale).tolist() if self.kind == "boxes" else None
             targets = [BOX] if self.kind == "boxes" else self.answers(target)
-            found.append(Example(text, self.prompt_of(text), targets, self.media, medium, group, box))
+            found.append(Example(text, self.prompt_of(text), targets, self.media, medium, number, group, box))
         return found
 
     def prompt_of(self, text: str) -> str:
@@ -148,36 +150,69 @@ def decode(value: Any, media: str, sizes: Sizes) -> tuple[Any, np.ndarray]:
     """A medium as an array of bytes or samples, and what boxes are multiplied by."""
     if media == "image":
         picture, side = load_image(value), sizes.image_size
-        scale = side / np.array([*picture.size, *picture.size])
-        return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC)), scale
+        return np.asarray(resize(picture, side)), side / np.array([*picture.size, *picture.size])
     if media == "video":
-        return load_video(value, sizes.num_frames), np.ones(4)
+        frames = [resize(load_image(frame), sizes.frame_size) for frame in value]
+        return load_video(frames, sizes.num_frames), np.ones(4)
     return load_audio(value, sizes.sampling_rate), np.ones(4)
+
+
+def resize(picture: Image.Image, side: int) -> Image.Image:
+    return picture.resize((side, side), Image.Resampling.BICUBIC)
 
 
 class Mixture(IterableDataset):
     """
-    Examples in an order that gives every batch the same number of rows of each task: a batch is `batch_size` examples
-    in a row. Each task's examples come in random order, all of them before any comes again.
+    Batches of one kind of media, kind after kind, with the same number of media of each data set and of texts of each
+    task about each medium. Texts about one medium stand side by side, so that its tower needs to run only once
+    (`unival_towers.py`).
+
+    Args:
+        media: data set -> media of a batch. They come in random order, all of them before any comes again.
     """
 
-    def __init__(self, examples: dict[str, list[Example]], tasks: dict[str, Task], seed: int):
-        self.parts = [(examples[name], task.rows) for name, task in tasks.items() if task.rows]
-        self.batch_size = sum(rows for _, rows in self.parts)
+    def __init__(self, examples: dict[str, list[Example]], tasks: dict[str, Task], media: dict[str, int], seed: int):
         self.seed = seed
+        self.kinds = defaultdict(list)  # kind of media -> media of a data set, how many of them, texts about each
+        for data, count in media.items():
+            texts = {name: task.texts for name, task in tasks.items() if task.data == data and task.texts}
+            (kind,) = {tasks[name].media for name in texts}
+            self.kinds[kind].append((by_medium({name: examples[name] for name in texts}), count, texts))
 
-    def __iter__(self) -> Iterator[Example]:
-        orders = [(shuffled(examples, self.seed), rows) for examples, rows in self.parts]
-        for order, rows in cycle(orders):
-            for _ in range(rows):
-                yield next(order)
+    def __iter__(self) -> Iterator[list[Example]]:
+        generator = random.Random(self.seed)
+        streams = {
+            kind: [(shuffled(media, generator), count, texts) for media, count, texts in parts]
+            for kind, parts in self.kinds.items()
+        }
+        while True:
+            for parts in streams.values():
+                drawn = ((next(order), texts) for order, count, texts in parts for _ in range(count))
+                yield [example for medium, texts in drawn for example in draw(medium, texts, generator)]
 
 
-def shuffled(examples: list, seed: int) -> Iterator:
+def by_medium(examples: dict[str, list[Example]]) -> list[dict[str, list[Example]]]:
+    """What each task has to say about each medium of a data set."""
+    media = {}
+    for name, each in examples.items():
+        for example in each:
+            media.setdefault(example.row, {}).setdefault(name, []).append(example)
+    return list(media.values())
+
+
+def draw(medium: dict[str, list[Example]], texts: dict[str, int], generator: random.Random) -> list[Example]:
+    """So many examples of each task; of any task for one that has none about this medium."""
+    drawn = []
+    for name, count in texts.items():
+        known = medium.get(name) or [example for each in medium.values() for example in each]
+        drawn += generator.sample(known, count) if count <= len(known) else generator.choices(known, k=count)
+    return drawn
+
+
+def shuffled(items: list, generator: random.Random) -> Iterator:
     """All of them in random order, again and again."""
-    generator = random.Random(seed)
     while True:
-        yield from generator.sample(examples, len(examples))
+        yield from generator.sample(items, len(items))
 
 
 class Collator:

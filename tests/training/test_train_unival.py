@@ -3,7 +3,7 @@
 import importlib
 import io
 import json
-from collections import Counter
+import random
 from itertools import islice
 from pathlib import Path
 
@@ -30,28 +30,28 @@ SETTINGS = {
         "audio_widths": [4, 8], "audio_sample_rate": 4000, "audio_window": 128, "audio_hop": 128, "audio_mel_bins": 16,
         "audio_max_frequency": 2000, "audio_time_stripe": 4, "audio_mel_stripe": 2,
     },
-    "sizes": {"image_size": 32, "num_frames": 4, "sampling_rate": 4000},
-    "frame_size": 16,
+    "sizes": {"image_size": 32, "frame_size": 16, "num_frames": 4, "sampling_rate": 4000},
     "num_samples": 2048,
     "vocabulary": {"size": 300, "num_bins": 100},
     "training": {"steps": 3, "learning_rate": 1e-3, "warmup_steps": 1},
+    "batch": {"pictures": 2, "clips": 2, "sounds": 2},
     "tasks": {
-        "questions": {"data": "pictures", "kind": "answers", "rows": 3, "stated": 0.5, **QUESTION},
+        "questions": {"data": "pictures", "kind": "answers", "texts": 2, "stated": 0.5, **QUESTION},
         "captions": {
             "data": "pictures", "media": "image", "kind": "captions", "prompt": "image_captioning", "target": "caption",
-            "rows": 1,
+            "texts": 1,
         },
         "grounding": {
-            "data": "pictures", "media": "image", "kind": "boxes", "prompt": "visual_grounding", "rows": 1,
+            "data": "pictures", "media": "image", "kind": "boxes", "prompt": "visual_grounding", "texts": 1,
             "text": "referring_texts", "target": "referring_boxes",
         },
         "clips": {
-            "data": "clips", "kind": "answers", "rows": 2, "baseline": "first_frame", **QUESTION, "media": "video",
+            "data": "clips", "kind": "answers", "texts": 1, "baseline": "first_frame", **QUESTION, "media": "video",
             "only": "what color is it?",
         },
         "sounds": {
             "data": "sounds", "media": "audio", "prompt": "question_answering", "question": "what is the sound?",
-            "target": "label", "kind": "answers", "rows": 2, "baseline": "spectral_neighbours",
+            "target": "label", "kind": "answers", "texts": 1, "baseline": "spectral_neighbours",
         },
     },
 }  # fmt: skip
@@ -134,18 +134,49 @@ def test_the_script_trains_scores_and_saves(script, data, tmp_path, monkeypatch,
     assert model.score_candidates(inputs, processor.answer_trie(["red", "blue"])).shape == (1, 2)
 
 
-def test_every_batch_holds_the_rows_of_every_task(script, corpus):
-    mixture = script.Mixture(corpus.train, corpus.tasks, seed=0)
-    order = list(islice(mixture, 8 * mixture.batch_size))
-    for start in range(0, len(order), mixture.batch_size):
-        batch = order[start : start + mixture.batch_size]
-        assert Counter(example.media for example in batch) == {"image": 5, "video": 2, "audio": 2}
-    captions = [example.targets[0] for example in order if example.prompt == " what does the image describe?"]
-    assert len(captions) == 8 and sorted(captions) == sorted(each.targets[0] for each in corpus.train["captions"])
-    again = list(islice(script.Mixture(corpus.train, corpus.tasks, seed=0), len(order)))
-    other = list(islice(script.Mixture(corpus.train, corpus.tasks, seed=1), len(order)))
-    assert all(one is two for one, two in zip(order, again, strict=True))
-    assert any(one is not two for one, two in zip(order, other, strict=True))
+def test_every_step_sees_all_texts_of_every_medium_side_by_side(script, corpus):
+    def batches(seed: int) -> list:
+        return list(islice(script.Mixture(corpus.train, corpus.tasks, SETTINGS["batch"], seed), 3 * 8))
+
+    order = batches(0)
+    for number, batch in enumerate(order):
+        media, length = [("image", 8), ("video", 2), ("audio", 2)][number % 3]
+        assert {example.media for example in batch} == {media} and len(batch) == length
+    for pictures in order[::3]:
+        rows = [example.row for example in pictures]
+        assert rows == [rows[0]] * 4 + [rows[4]] * 4 and rows[0] != rows[4]
+        assert sum(example.prompt == " what does the image describe?" for example in pictures) == 2
+    assert {example.row for sounds in order[2::3] for example in sounds} == set(range(8))
+    same = [[one is two for one, two in zip(*pair, strict=True)] for pair in zip(order, batches(0), strict=True)]
+    other = [[one is two for one, two in zip(*pair, strict=True)] for pair in zip(order, batches(1), strict=True)]
+    assert all(map(all, same)) and not all(map(all, other))
+
+
+def test_a_medium_without_texts_of_a_task_gives_others(script, corpus):
+    questions, boxes = corpus.train["questions"][:2], corpus.train["grounding"][:1]
+    draw = importlib.import_module("unival_tasks").draw
+    drawn = draw({"questions": questions}, {"questions": 3, "grounding": 2}, random.Random(0))
+    assert len(drawn) == 5 and all(example in questions for example in drawn)
+    drawn = draw({"questions": questions, "grounding": boxes}, {"questions": 2, "grounding": 1}, random.Random(0))
+    assert drawn[2] is boxes[0] and drawn[0] is not drawn[1]
+
+
+def test_towers_run_once_for_rows_with_the_same_medium(script, corpus):
+    processor = script.make_processor(SETTINGS, corpus.texts())
+    config = script.UnivalConfig(vocab_size=len(processor.tokenizer), **SETTINGS["model"])
+    model = script.UnivalForConditionalGeneration(config).eval()
+    names = ("questions", "captions", "grounding", "clips", "sounds")
+    pair = [example for name in names for example in corpus.train[name] if example.row < 2]
+    pair.sort(key=lambda example: (example.media, example.row))
+    batch, rows = script.Collator(processor)(pair), []
+    with torch.inference_mode():
+        plain = model(**batch).logits
+        hook = model.model.encoder.image_tower.conv1.register_forward_hook(lambda *call: rows.append(len(call[2])))
+        with script.towers_run_once(model):
+            torch.testing.assert_close(model(**batch).logits, plain)
+        torch.testing.assert_close(model(**batch).logits, plain)
+    hook.remove()
+    assert rows == [2, len(batch["pixel_values"])]
 
 
 def test_boxes_of_a_mixed_batch_come_back(script, corpus):
@@ -166,11 +197,11 @@ def test_statistics_are_those_of_the_final_weights(script, corpus):
     torch.manual_seed(0)
     config = script.UnivalConfig(vocab_size=len(processor.tokenizer), **SETTINGS["model"])
     model = script.UnivalForConditionalGeneration(config)
-    mixture = script.Mixture(corpus.train, corpus.tasks, seed=0)
+    mixture = script.Mixture(corpus.train, corpus.tasks, SETTINGS["batch"], seed=0)
     collator = script.Collator(processor, with_targets=False)
     script.refresh_batch_norm(model, mixture, collator, batches=1)
     tower = model.model.encoder.image_tower
-    pixels = collator(list(islice(mixture, mixture.batch_size)))["pixel_values"]
+    pixels = collator(next(iter(mixture)))["pixel_values"]
     features = tower.conv1(pixels)
     torch.testing.assert_close(tower.bn1.running_mean, features.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(tower.bn1.running_var, features.var(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
@@ -183,5 +214,6 @@ def test_the_settings_of_the_repository_fit_together(script):
     fields = {"answers": ["question"], "captions": [], "boxes": ["text"]}
     assert all(fields_of(task.prompt) == fields[task.kind] for task in tasks.values())
     config = script.UnivalConfig(**settings["model"])
-    assert {task.media for task in tasks.values() if task.rows} == set(config.towers)
+    assert {task.media for task in tasks.values() if task.texts} == set(config.towers)
+    assert {task.data for task in tasks.values() if task.texts} == set(settings["batch"])
     assert settings["sizes"]["sampling_rate"] == config.audio_sample_rate
