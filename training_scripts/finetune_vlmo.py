@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from pretrain_vlmo import Experiment
 
-from hf_vlmerge.data.collators import VlmoQuestionAnsweringCollator, VlmoRetrievalCollator, scaled
+from hf_vlmerge.data.collators import VlmoQuestionAnsweringCollator, VlmoRetrievalCollator
 from hf_vlmerge.evaluation.classification import evaluate_answers
 from hf_vlmerge.evaluation.retrieval import embed_all, evaluate_retrieval
 from hf_vlmerge.models.vlmo.modeling_vlmo import VlmoForImageAndTextRetrieval, VlmoForQuestionAnswering
@@ -34,7 +34,7 @@ def measure_retrieval(experiment: Experiment, model, text_column: str) -> dict[s
     first = lambda row: row[text_column] if isinstance(row[text_column], str) else row[text_column][0]  # noqa: E731
     texts = {first(row): row["pixel_values"] for row in reversed(experiment.validation)}
     everything = [*texts, *sorted({first(row) for row in experiment.train} - texts.keys())]
-    pixels = scaled(torch.stack(list(texts.values())))
+    pixels = experiment.pixels(torch.stack(list(texts.values())))
     length = experiment.settings["model"]["max_text_length"]
     encoded = experiment.tokenizer(everything, padding=True, truncation=True, max_length=length, return_tensors="pt")
     inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}

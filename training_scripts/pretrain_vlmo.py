@@ -13,7 +13,7 @@ from one random initialisation, which is the same for every architecture.
 
 import argparse
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ import yaml
 
 from hf_vlmerge.conversion.specialise import specialise
 from hf_vlmerge.data.augmentation import Augmentation
-from hf_vlmerge.data.collators import VlmoPreTrainingCollator
+from hf_vlmerge.data.collators import VlmoPreTrainingCollator, scaled
 from hf_vlmerge.data.examples import load_examples
 from hf_vlmerge.data.tokenizer import train_wordpiece
 from hf_vlmerge.models.vlmo.configuration_vlmo import VlmoConfig
@@ -65,19 +65,29 @@ class Experiment:
         side = self.settings["model"]["image_size"]
         size = {"height": side, "width": side}
         length = self.settings["model"]["max_text_length"]
-        return VlmoProcessor(VlmoImageProcessor(size=size), self.tokenizer, max_text_length=length)
+        image_processor = VlmoImageProcessor(size=size, image_mean=[self.image_mean] * 3)
+        return VlmoProcessor(image_processor, self.tokenizer, max_text_length=length)
+
+    @property
+    def image_mean(self) -> float:
+        """The brightness that becomes 0; 1 for pictures on white, of which a network then sees the drawing alone."""
+        return self.settings.get("image_mean", 0.5)
+
+    def pixels(self, images: torch.Tensor, train: bool = False) -> torch.Tensor:
+        """What the processor makes of uint8 images; changed in training if the settings say so."""
+        strength = self.settings.get("augmentation", 0) if train else 0
+        return (Augmentation(strength) if strength else scaled)(images) + (1 - 2 * self.image_mean)
 
     def config(self, expert_modules: list[str]) -> VlmoConfig:
         return VlmoConfig(vocab_size=len(self.tokenizer), expert_modules=expert_modules, **self.settings["model"])
 
     def collator(self, collator_class, text_column: str, train: bool = False, **options):
         """Cuts texts to the model's length; changes images in training if the settings say so."""
-        strength = self.settings.get("augmentation", 0) if train else 0
         return collator_class(
             self.tokenizer,
             max_length=self.settings["model"]["max_text_length"],
             text_column=text_column,
-            augmentation=Augmentation(strength) if strength else None,
+            augmentation=partial(self.pixels, train=train),
             **options,
         )
 

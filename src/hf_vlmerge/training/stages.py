@@ -21,6 +21,7 @@ class Stage:
     Args:
         steps, batch_size, learning_rate, warmup_steps, weight_decay: as they say.
         head_learning_rate_factor: learning rate of the classifier over that of the rest.
+        bf16: matrix products in bfloat16; weights stay float32.
         seed: of the order of examples, of masks, dropout and augmentation; stages with the same seed see the same data.
     """
 
@@ -30,6 +31,7 @@ class Stage:
     warmup_steps: int = 50
     weight_decay: float = 0.01
     head_learning_rate_factor: float = 1.0
+    bf16: bool = False
     seed: int = 0
 
     def train(
@@ -70,6 +72,7 @@ class Stage:
             "warmup_steps": self.warmup_steps,
             "weight_decay": self.weight_decay,
             "head_learning_rate_factor": self.head_learning_rate_factor,
+            "bf16": self.bf16,
             "seed": self.seed,
             "logging_steps": min(10, self.steps),
             "save_strategy": "no",
