@@ -27,7 +27,6 @@ def found(x, ranks, size=BLOCK, values=magnitudes, base=None, sample=lambda c: c
     """``sample`` makes of the whole tensor the chunk that the engine would show for it."""
     program = kth_largest(values, lambda row, entries: list(ranks))
     (whole,) = chunks(x, max(1, x.shape[1]), base)
-    whole = replace(whole, size=x.shape[1])
     reads = Reads([lambda c=c: [c] for c in chunks(x, size, base)], lambda: sample(whole))
     return complete(program, begin(program), lambda: reads, "element")
 
@@ -45,10 +44,10 @@ CASES = {
 }
 SAMPLES = {
     "all": lambda c: c,
-    "one of 64": lambda c: replace(c, x=c.x[:, ::64], stands_for=c.size),
-    "one": lambda c: replace(c, x=c.x[:, :1], stands_for=c.size),
-    "all too large": lambda c: replace(c, x=c.x.abs()[:, ::64] * 1e6 + 1, stands_for=c.size),
-    "all zero": lambda c: replace(c, x=torch.zeros_like(c.x[:, ::64]), stands_for=c.size),
+    "one of 64": lambda c: replace(c, x=c.x[:, ::64], stands_for=c.x.shape[1]),
+    "one": lambda c: replace(c, x=c.x[:, :1], stands_for=c.x.shape[1]),
+    "all too large": lambda c: replace(c, x=c.x.abs()[:, ::64] * 1e6 + 1, stands_for=c.x.shape[1]),
+    "all zero": lambda c: replace(c, x=torch.zeros_like(c.x[:, ::64]), stands_for=c.x.shape[1]),
 }
 
 

@@ -66,7 +66,7 @@ class Maker:
     def keeps_equal(self, job: Job) -> bool:
         """Whether all inputs, and the base if the method uses one, are the same bytes and the method keeps those."""
         group = job.group
-        return job.method.keeps_equal(group.parameters, group.weights) and self.reader.all_equal(group, group.refs)
+        return job.method.keeps_equal(group.parameters, group.weights) and self.reader.all_equal(group)
 
     def copy(self, group: MergeGroup) -> None:
         """Take the first input as it is, within the kernel where the dtype stays."""

@@ -48,9 +48,8 @@ class Chunk:
 
     Shapes: ``x`` is (members, n) for unit "element", (members, rows, columns) for "row", (members, *shape) for
     "tensor"; ``base`` the same without the first axis; ``weights`` (members,) float64. ``statistics`` and ``tokens``
-    (the number of input rows behind each statistic) come in member order. ``start`` is the first element's flat index,
-    ``size`` the number of elements of the whole tensor (0: there are no others). A chunk that is a sample says of how
-    many entries (``stands_for``).
+    (the number of input rows behind each statistic) come in member order. ``start`` is the first element's flat index.
+    A chunk that is a sample says of how many entries (``stands_for``).
 
     A chunk is read anew for every request and for the merge, so whoever is given one may use ``x`` up.
     """
@@ -64,7 +63,6 @@ class Chunk:
     name: str = ""
     start: int = 0
     seed: int = 0
-    size: int = 0
     stands_for: int = 0
 
     def deltas(self) -> Tensor:

@@ -127,7 +127,6 @@ class Reader:
             name=group.output,
             start=start,
             seed=self.seed,
-            size=prod(group.shape),
         )
 
     def statistic(self, ref: Ref | None, shape: tuple[int, ...], unit: Unit, start: int, stop: int) -> Tensor | None:
@@ -147,8 +146,9 @@ class Reader:
         """The group's chunks in flat order, in float32; each lasts until the next one is asked for."""
         return (chunk for read in self.reads(group, unit) for chunk in read())
 
-    def all_equal(self, group: MergeGroup, refs: tuple[Ref, ...]) -> bool:
-        """Whether these tensors are the same bytes; stops at the first run that differs."""
+    def all_equal(self, group: MergeGroup) -> bool:
+        """Whether all inputs are the same bytes; stops at the first run that differs."""
+        refs = group.refs
         if len(refs) == 1:
             return True
         if len({self.sources[r.source].dtype(r.key) for r in refs}) > 1:
