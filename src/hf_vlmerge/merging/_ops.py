@@ -21,30 +21,24 @@ from .registry import Chunk, Counts, MergeError, Program, WholeModel
 # Sums over members
 
 
-def weighted_sum(x: Tensor, weights: Sequence[float | Tensor]) -> Tensor:
-    """Sum of ``weights[i] * x[i]`` in member order; x (members, ...). Tensor weights must broadcast to ``x[0]``."""
-    first, *others = x.unbind()
-    result = first * weights[0]
-    for member, weight in zip(others, weights[1:], strict=True):
-        result += member if isinstance(weight, float) and weight == 1 else member * weight
+def weighted_sum(x: Tensor, weights: Sequence[float | Tensor] | None = None) -> Tensor:
+    """Sum of ``weights[i] * x[i]`` in member order, without weights of ``x[i]``; x (members, ...). Tensor weights must
+    broadcast to ``x[0]``."""
+    pairs = zip(x.unbind(), [1.0] * len(x) if weights is None else weights, strict=True)
+    terms = (member if isinstance(weight, float) and weight == 1 else member * weight for member, weight in pairs)
+    first, second = next(terms), next(terms, None)
+    result = first.clone() if second is None else first + second
+    for term in terms:
+        result += term
     return result
 
 
 def weighted_sum_(x: Tensor, weights: Sequence[float] | None = None) -> Tensor:
-    """The same in the place of ``x``, which is used up; without weights all are one."""
+    """The same in the place of ``x``, which is used up."""
     total, *others = x.unbind() if weights is None else weigh_(x.unbind(), weights)
     for member in others:
         total += member
     return total
-
-
-def plain_sum(x: Tensor) -> Tensor:
-    """Sum over members, in their order."""
-    first, *others = x.unbind()
-    result = first + others[0] if others else first.clone()
-    for member in others[1:]:
-        result += member
-    return result
 
 
 def mean(x: Tensor) -> Tensor:
@@ -66,6 +60,11 @@ def weigh_(x: Iterable[Tensor], weights: Sequence[float]) -> Iterable[Tensor]:
         if weight != 1:
             member.mul_(weight)
     return x
+
+
+def on_base_(c: Chunk, tau: Tensor, scale: float) -> Tensor:
+    """base + scale * tau, in the place of tau."""
+    return (tau if scale == 1 else tau.mul_(scale)).add_(c.base)
 
 
 # Inner products
@@ -118,14 +117,13 @@ def trimmer(least: Tensor, most: Tensor | None = None) -> Callable[[Tensor], Ten
 
     Hard shrinkage does it in one step: it keeps what is larger than its parameter, here the float32 below ``least``.
     """
-    shrink = torch.ops.aten.hardshrink
     below = torch.where(least.isinf(), torch.inf, torch.nextafter(least, torch.tensor(-1.0))).tolist()
     limits = [inf] * len(below) if most is None else most.tolist()
 
     def trim_(tau: Tensor) -> Tensor:
         for vector, lower, upper in zip(tau.unbind(), below, limits, strict=True):
-            largest = None if upper == inf else shrink(vector, upper)
-            shrink.out(vector, lower, out=vector)
+            largest = None if upper == inf else torch.hardshrink(vector, upper)
+            torch.hardshrink(vector, lower, out=vector)
             if largest is not None:
                 vector.sub_(largest)
         return tau
@@ -239,7 +237,7 @@ ZeroSign = Literal["none", "positive", "majority"]
 
 def elected_signs(tau: Tensor, zero: float = 0.0) -> Tensor:
     """The sign of the sum over members: 1, -1, and ``zero`` where the sum is zero."""
-    signs = plain_sum(tau).sign_()
+    signs = weighted_sum(tau).sign_()
     if zero:
         signs.sub_(signs.abs().sub_(1), alpha=zero)
     return signs
@@ -287,10 +285,10 @@ def disjoint_sum_(
     ``divide_by``: the sum is divided by the sum of these numbers over the same members (of ones: by their count), or by
     ``floor`` where that is more.
     """
-    agrees = (tau * signs).gt_(0)
-    total = weighted_sum_(tau.mul_(agrees), weights)
+    agreeing = tau.mul_(signs).relu_()  # magnitudes; zero where the sign is another one
+    total = weighted_sum(agreeing, weights).mul_(signs)
     if divide_by is not None:  # where nobody agrees the sum is zero, whatever the divisor
-        share = weighted_sum_(agrees, divide_by)
+        share = weighted_sum_(agreeing.sign_(), divide_by)
         if floor or all(number == 1 for number in divide_by):
             share.clamp_(min=floor or 1)
         else:
@@ -305,7 +303,7 @@ def disjoint_sum_(
 def soft_sign_terms(x: Tensor) -> tuple[Tensor, Tensor]:
     """Reduction: the sum of 1 - |sum_m x_m| / sum_m |x_m| over entries (0/0 counts as 0), and the number of entries."""
     x = x.double()
-    total, magnitude = weighted_sum(x, [1.0] * len(x)), weighted_sum(x.abs(), [1.0] * len(x))
+    total, magnitude = weighted_sum(x), weighted_sum(x.abs())
     zero = torch.eq(magnitude, 0, out=torch.empty_like(magnitude))
     agreement = total.abs_().add_(zero).div_(magnitude.add_(zero))
     return (1 - agreement).sum(), torch.tensor(magnitude.numel())

@@ -143,10 +143,10 @@ def binned(flat: Values, chunks: Iterable[Chunk]) -> tuple[Tensor, ...]:
 
 
 def thinned(values: Tensor, c: Chunk) -> tuple[Tensor, int]:
-    """A sample of a chunk's values, and the number of entries it stands for."""
+    """A sample of a chunk's values, which outlasts it, and the number of entries it stands for."""
     if c.stands_for:
         return values, c.stands_for
-    return values[:, :: max(1, values.shape[1] // THINNED)], values.shape[1]
+    return values[:, :: max(1, values.shape[1] // THINNED)].clone(), values.shape[1]
 
 
 def margin(sampled: int, entries: int, share: float) -> float:
@@ -189,7 +189,7 @@ def from_sample(ordered: np.ndarray, entries: int, rank: int) -> Bracket:
 
 def selected(flat: Values, ranks: Ranks, rows: bool) -> Generator[Any, tuple[Tensor, ...], Brackets]:
     """Program: brackets at the values of their ranks over a tensor; open where they missed, or hold too much."""
-    sampled, entries = yield Sample(Gather(lambda c: with_entries(*thinned(flat(c), c))), rows)
+    sampled, entries = yield Sample(Gather(lambda chunks: joined([thinned(flat(c), c) for c in chunks])), rows)
     ordered, n = np.sort(sampled.numpy(), axis=1), int(entries.sum())
     brackets = [[from_sample(row, n, rank) for rank in ranks(i, n)] for i, row in enumerate(ordered)]
     if sum(b.expected for row in brackets for b in row) > GATHERED:
@@ -197,14 +197,15 @@ def selected(flat: Values, ranks: Ranks, rows: bool) -> Generator[Any, tuple[Ten
     if not any(b.is_open for row in brackets for b in row):
         return brackets
     split = splitter(brackets)
-    above, ties, *found = yield Gather(lambda c: gathered(split(flat(c))))
+    above, ties, *found = yield Gather(lambda chunks: gathered([split(flat(c)) for c in chunks]))
     each = (b for row in brackets for b in row)
     chosen = map(select, each, above.sum(1).tolist(), ties.sum(1).tolist(), found)
     return [[next(chosen) for _ in row] for row in brackets]
 
 
-def with_entries(values: Tensor, entries: int) -> tuple[Tensor, Tensor]:
-    return values, torch.tensor([entries])
+def joined(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """Samples of several chunks as one, and the number of entries they stand for."""
+    return torch.cat([values for values, _ in samples], 1), torch.tensor([sum(entries for _, entries in samples)])
 
 
 Part = tuple[int, int, np.ndarray]
@@ -236,10 +237,12 @@ def divided(rows: np.ndarray, low: np.ndarray, high: np.ndarray, likely: np.ndar
     return [(*count, found[a:b]) for count, a, b in zip(counts, ends[:-1], ends[1:], strict=True)]
 
 
-def gathered(parts: list[Part]) -> tuple[Tensor, ...]:
-    """How many values lie above each bracket and how many are the likely one (brackets, 1), then the others in it."""
-    above, ties, found = zip(*parts, strict=True)
-    return torch.tensor(above)[:, None], torch.tensor(ties)[:, None], *map(torch.from_numpy, found)
+def gathered(parts: list[list[Part]]) -> tuple[Tensor, ...]:
+    """Of several chunks: how many values lie above each bracket and how many are the likely one (brackets, 1), then
+    the others in it."""
+    above, ties, found = zip(*(zip(*own, strict=True) for own in zip(*parts, strict=True)), strict=True)
+    counts = (torch.tensor([[sum(own)] for own in counts]) for counts in (above, ties))
+    return *counts, *(torch.from_numpy(np.concatenate(own)) for own in found)
 
 
 def select(b: Bracket, above: int, ties: int, found: Tensor) -> Bracket:

@@ -42,7 +42,7 @@ def more_bits(identity: bytes, indices: np.ndarray) -> np.ndarray:
     return (z >> np.uint64(32)).astype(np.uint32)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)  # one is made for every few thousand entries: not frozen, which would cost more
 class Chunk:
     """A run of one output tensor in float32, seen in all members at once.
 
@@ -109,10 +109,10 @@ class Counts(NamedTuple):
 
 
 class Gather(NamedTuple):
-    """Not a sum: what a function of a chunk returns, a tuple of tensors, each joined over a tensor's chunks along its
-    last axis."""
+    """Not a sum: what a function of several whole chunks returns, a tuple of tensors, each joined over the runs of a
+    tensor along its last axis."""
 
-    values: Callable[[Chunk], tuple[Tensor, ...]]
+    values: Callable[[Iterable[Chunk]], tuple[Tensor, ...]]
 
 
 class Sample(NamedTuple):
@@ -225,7 +225,7 @@ def partial_sums(request: Reduce | Counts | Gather, unit: Unit, read: Chunk | Re
     """What a reduction makes of a run of chunks: a part a block, or one of all where order does not matter."""
     chunks = [replace(read, x=read.x.clone())] if isinstance(read, Chunk) else read()
     if isinstance(request, Gather):
-        return [tuple(value.cpu() for value in request.values(chunk)) for chunk in chunks]
+        return [tuple(value.cpu() for value in request.values(chunks))]
     exact = isinstance(request, Counts)
     parts = [request.reduce(chunks)] if exact else [request(block) for c in chunks for block in blocks(c, unit)]
     allowed = (torch.int64,) if exact else (torch.int64, torch.float64)

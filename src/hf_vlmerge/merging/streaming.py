@@ -86,14 +86,21 @@ class Reader:
         view, step = shape_for(unit, group.shape), self.step(group, unit)
         shape = view if unit == "tensor" or 0 in view else (-1, *view[1:])
         stored = [self.stored(ref, start, stop) for ref in group.refs]
-        for at in range(start, max(stop, start + 1), step):
-            end = min(at + step, stop)
-            if at == start or end - at < step or self.device != "cpu":  # one place for all of them stays in the cache
-                values = self.empty(group, end - at)
-            for place, run in zip(values.unbind(), stored, strict=True):
-                place.copy_(run[at - start : end - start])
-            own = tuple(self.statistic(r, shape, unit, at, end) for r in group.statistics)
-            yield self.chunk(group, values, shape, at, own)
+        for i, parts in enumerate(zip(*(run.split(step) for run in stored), strict=True)):
+            count, at = parts[0].numel(), start + i * step
+            again = i and count == step and self.device == "cpu"  # one place for all of them stays in the cache
+            if not again:
+                values = self.empty(group, count)
+                places = values.unbind()
+            for place, part in zip(places, parts, strict=True):
+                place.copy_(part)
+            self.check(group.refs, values)
+            if not again:
+                chunk = self.chunk(group, values, shape)
+            chunk.start = at
+            if any(group.statistics):
+                chunk.statistics = tuple(self.statistic(r, shape, unit, at, at + count) for r in group.statistics)
+            yield chunk
 
     def sample(self, group: MergeGroup) -> Chunk:
         """Some entries of a group as one chunk of unit "element": short runs from all over it, or all there is."""
@@ -107,25 +114,24 @@ class Reader:
             for i in range(0, count, at_once):
                 runs = place[i : i + at_once]
                 runs.copy_(self.stored(ref, i * step, (i + len(runs)) * step).view(len(runs), step)[:, :length])
-        return replace(self.chunk(group, values, (-1,), 0), stands_for=size)
+        self.check(group.refs, values)
+        return replace(self.chunk(group, values, (-1,)), stands_for=size)
 
     def empty(self, group: MergeGroup, count: int) -> Tensor:
         """A place for ``count`` entries of each input."""
         return torch.empty(len(group.refs), count, pin_memory=self.device != "cpu")
 
-    def chunk(self, group: MergeGroup, values: Tensor, shape: Sequence[int], start: int, own: tuple = ()) -> Chunk:
-        """The chunk of these values (inputs, entries), on the device. ``own``: its part of the statistics."""
-        self.check(group.refs, values)
+    def chunk(self, group: MergeGroup, values: Tensor, shape: Sequence[int]) -> Chunk:
+        """A chunk of these values (inputs, entries), on the device."""
         values, members = values.to(self.device, non_blocking=True), len(group.inputs)
         return Chunk(
             x=values[:members].view(members, *shape),
             base=None if group.base is None else values[-1].view(shape),
             members=group.members,
             weights=weights_of(group.weights),
-            statistics=own,
+            statistics=(None,) * members,
             tokens=group.tokens,
             name=group.output,
-            start=start,
             seed=self.seed,
         )
 

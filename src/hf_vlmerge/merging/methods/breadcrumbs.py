@@ -8,6 +8,7 @@ from .._ops import (
     check_shares,
     l1_factors,
     normalized,
+    on_base_,
     rescale_,
     weighted_sum_,
 )
@@ -47,6 +48,6 @@ def breadcrumbs(
     def merge(c: Chunk) -> Tensor:
         tau = rescale_(trim_(c.deltas_()), factors)
         weights = c.weights.tolist()
-        return weighted_sum_(tau, normalized(weights) if normalize else weights).mul_(scale).add_(c.base)
+        return on_base_(c, weighted_sum_(tau, normalized(weights) if normalize else weights), scale)
 
     return merge

@@ -11,6 +11,7 @@ from .._ops import (
     check_shares,
     elect_and_merge_,
     l1_factors,
+    on_base_,
     rescale_,
     sign_of_zero,
 )
@@ -62,6 +63,6 @@ def breadcrumbs_ties(
         tau = rescale_(trim_(c.deltas_()), factors)
         weights = c.weights.tolist()
         tau = elect_and_merge_(tau, weights, elect=elect, normalize=normalize, mean=mean, zero=zero)
-        return tau.mul_(scale).add_(c.base)
+        return on_base_(c, tau, scale)
 
     return merge

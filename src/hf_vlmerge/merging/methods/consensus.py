@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._ops import weighted_sum
+from .._ops import on_base_, weighted_sum
 from ..registry import Chunk, MergeError, PerMember, merge_method
 
 
@@ -29,11 +29,11 @@ def consensus(*, threshold: PerMember = 0.4, at_least: int = 2, scale: float = 1
 
     def merge(c: Chunk) -> Tensor:
         tau = c.deltas()
-        total = weighted_sum(tau, [1.0] * len(tau))
+        total = weighted_sum(tau)
         votes = torch.zeros_like(total)
         for own, share in zip(tau, threshold, strict=True):
             rest = (total - own).abs_().mul_(share)
             votes.add_(own.abs_().gt_(rest))  # the member's TALL mask
-        return total.mul_(votes.ge_(at_least)).mul_(scale).add_(c.base)
+        return on_base_(c, total.mul_(votes.ge_(at_least)), scale)
 
     return merge

@@ -11,6 +11,7 @@ from .._ops import (
     drop_,
     elect_and_merge_,
     l1_factors,
+    on_base_,
     rescale_,
     sign_of_zero,
 )
@@ -61,6 +62,6 @@ def dare_ties(
         tau = rescale_(sparse(c), factors)  # drop and rescale
         weights = c.weights.tolist()
         tau = elect_and_merge_(tau, weights, elect=elect, normalize=normalize, mean=mean, zero=zero)
-        return tau.mul_(scale).add_(c.base)
+        return on_base_(c, tau, scale)
 
     return merge

@@ -11,6 +11,7 @@ from .._ops import (
     elect_and_merge_,
     l1_factors,
     magprune_,
+    on_base_,
     rescale_,
     sign_of_zero,
 )
@@ -58,6 +59,6 @@ def della(
         tau = elect_and_merge_(
             tau, weights, elect=elect, normalize=normalize, mean=mean, zero=zero
         )  # 2. elect, 3. fuse
-        return tau.mul_(scale).add_(c.base)
+        return on_base_(c, tau, scale)
 
     return merge

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .._ops import RescaleBy, check_window, l1_factors, magprune_, normalized, rescale_, weighted_sum_
+from .._ops import RescaleBy, check_window, l1_factors, magprune_, normalized, on_base_, rescale_, weighted_sum_
 from ..registry import Chunk, PerMember, Program, merge_method
 
 
@@ -38,6 +38,6 @@ def della_linear(
     def merge(c: Chunk) -> Tensor:
         tau = rescale_(sparse(c), factors)
         weights = c.weights.tolist()
-        return weighted_sum_(tau, normalized(weights) if normalize else weights).mul_(scale).add_(c.base)
+        return on_base_(c, weighted_sum_(tau, normalized(weights) if normalize else weights), scale)
 
     return merge

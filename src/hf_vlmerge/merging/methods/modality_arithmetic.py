@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .._ops import weighted_sum_
+from .._ops import on_base_, weighted_sum_
 from ..registry import Chunk, merge_method
 
 
@@ -25,7 +25,7 @@ def modality_arithmetic(*, scale: float = 0.5, sequential: bool = False) -> Call
 
     def merge(c: Chunk) -> Tensor:
         if not sequential:
-            return weighted_sum_(c.deltas_()).mul_(scale).add_(c.base)
+            return on_base_(c, weighted_sum_(c.deltas_()), scale)
         if len(c.members) == 1:
             return c.x[0].clone()
         moved = c.base

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .._ops import normalized, weighted_sum_
+from .._ops import normalized, on_base_, weighted_sum_
 from ..registry import Chunk, merge_method
 
 
@@ -23,6 +23,6 @@ def task_arithmetic(*, scale: float = 1.0, normalize: bool = False) -> Callable[
 
     def merge(c: Chunk) -> Tensor:
         weights = c.weights.tolist()
-        return weighted_sum_(c.deltas_(), normalized(weights) if normalize else weights).mul_(scale).add_(c.base)
+        return on_base_(c, weighted_sum_(c.deltas_(), normalized(weights) if normalize else weights), scale)
 
     return merge

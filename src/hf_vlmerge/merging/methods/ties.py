@@ -9,6 +9,7 @@ from .._ops import (
     check_shares,
     elect_and_merge_,
     l1_factors,
+    on_base_,
     rescale_,
     sign_of_zero,
     trimmer,
@@ -55,6 +56,6 @@ def ties(
         tau = rescale_(trim_(c.deltas_()), factors)  # 1. trim
         weights = c.weights.tolist()
         tau = elect_and_merge_(tau, weights, elect=elect, normalize=normalize, mean=mean, zero=zero)  # 2. and 3.
-        return tau.mul_(scale).add_(c.base)
+        return on_base_(c, tau, scale)
 
     return merge
