@@ -79,13 +79,13 @@ def finetune(experiment: Experiment, checkpoint: str | Path, name: str, seed: in
     torch.manual_seed(seed)  # of the new head
     if task["kind"] == "retrieval":
         model = VlmoForImageAndTextRetrieval.from_pretrained(checkpoint)
-        collator = experiment.collator(VlmoRetrievalCollator, task["text"], train=True)
+        collator = experiment.collator(VlmoRetrievalCollator, task["text"], task.get("augmentation"))
         stage.train(model, experiment.train, collator, f"fine-tuning for {name}")
         return model, measure_retrieval(experiment, model, task["text"])
     answers = answer_list(experiment.train, task)
     labels = {"id2label": dict(enumerate(answers)), "label2id": {answer: i for i, answer in enumerate(answers)}}
     model = VlmoForQuestionAnswering.from_pretrained(checkpoint, **labels)
-    collator = experiment.collator(VlmoQuestionAnsweringCollator, "text", train=True)
+    collator = experiment.collator(VlmoQuestionAnsweringCollator, "text", task.get("augmentation"))
     stage.train(model, answer_examples(experiment.train, task, answers), collator, f"fine-tuning for {name}")
     held_out = answer_examples(experiment.validation, task, answers)
     collator = experiment.collator(VlmoQuestionAnsweringCollator, "text")

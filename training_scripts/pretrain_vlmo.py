@@ -12,6 +12,7 @@ from one random initialisation, which is the same for every architecture.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -73,21 +74,20 @@ class Experiment:
         """The brightness that becomes 0; 1 for pictures on white, of which a network then sees the drawing alone."""
         return self.settings.get("image_mean", 0.5)
 
-    def pixels(self, images: torch.Tensor, train: bool = False) -> torch.Tensor:
-        """What the processor makes of uint8 images; changed in training if the settings say so."""
-        strength = self.settings.get("augmentation", 0) if train else 0
-        return (Augmentation(strength) if strength else scaled)(images) + (1 - 2 * self.image_mean)
+    def pixels(self, images: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor] = scaled) -> torch.Tensor:
+        """What the processor makes of uint8 images, and of those that `change` gives."""
+        return change(images) + (1 - 2 * self.image_mean)
 
     def config(self, expert_modules: list[str]) -> VlmoConfig:
         return VlmoConfig(vocab_size=len(self.tokenizer), expert_modules=expert_modules, **self.settings["model"])
 
-    def collator(self, collator_class, text_column: str, train: bool = False, **options):
-        """Cuts texts to the model's length; changes images in training if the settings say so."""
+    def collator(self, collator_class, text_column: str, augmentation: dict | None = None, **options):
+        """Cuts texts to the model's length; `augmentation`, of a stage's settings, are arguments of `Augmentation`."""
         return collator_class(
             self.tokenizer,
             max_length=self.settings["model"]["max_text_length"],
             text_column=text_column,
-            augmentation=partial(self.pixels, train=train),
+            augmentation=partial(self.pixels, change=Augmentation(**augmentation) if augmentation else scaled),
             **options,
         )
 
@@ -112,7 +112,10 @@ def pretrain(
     model.load_state_dict(specialise(start, expert_modules, model.config.num_fusion_layers))
     options = dict(experiment.settings["pretraining"])
     collator = experiment.collator(
-        VlmoPreTrainingCollator, options.pop("text_column"), True, mask_probability=options.pop("mask_probability")
+        VlmoPreTrainingCollator,
+        options.pop("text_column"),
+        options.pop("augmentation", None),
+        mask_probability=options.pop("mask_probability"),
     )
     options.pop("seed_steps", None)
     Stage(**options | {"steps": steps, "seed": seed}).train(model, experiment.train, collator, description)

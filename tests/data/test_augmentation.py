@@ -36,6 +36,19 @@ def test_left_stays_left_and_the_outside_is_white():
     assert torch.allclose(Augmentation(1.0)(blank), torch.ones(4, 3, 32, 32))
 
 
-def test_a_negative_strength_is_refused():
-    with pytest.raises(ValueError, match=r"strength is -1; expected 0 or more"):
-        Augmentation(-1)
+def test_a_white_square_hides_a_part_and_its_centre_is_inside():
+    black = torch.zeros((256, 3, 32, 32), dtype=torch.uint8)
+    hidden = Augmentation(0.0, hidden=0.5)(black) == 1
+    assert torch.equal(hidden[:, 0], hidden[:, 2])
+    rows, columns = hidden[:, 0].any(2).sum(1), hidden[:, 0].any(1).sum(1)
+    assert torch.equal(hidden[:, 0].sum((1, 2)), rows * columns)  # a rectangle, and nothing else
+    assert max(rows.max(), columns.max()) == 16  # half of 32
+    inside = (rows > 0) & (columns > 0) & ~hidden[:, 0, [0, -1]].any((1, 2)) & ~hidden[:, 0, :, [0, -1]].any((1, 2))
+    assert inside.any() and ((rows - columns).abs() <= 1)[inside].all()  # a square where the edge does not cut it
+    assert hidden.float().mean((0, 1)).min() > 0  # every place is hidden at times
+
+
+@pytest.mark.parametrize("name", ["strength", "hidden"])
+def test_a_negative_amount_is_refused(name):
+    with pytest.raises(ValueError, match=rf"{name} is -1; expected 0 or more"):
+        Augmentation(**{name: -1})

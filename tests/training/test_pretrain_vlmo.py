@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_vlmerge.data.collators import VlmoRetrievalCollator
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "training_scripts"
 
 
@@ -21,3 +23,14 @@ def test_pixels_are_those_of_the_processor(monkeypatch, own):
     image = torch.tensor([255, 0, 51], dtype=torch.uint8).view(1, 3, 1, 1).expand(-1, -1, 8, 8)
     torch.testing.assert_close(experiment.pixels(image), expected)
     assert expected.max() == (0 if own else 1)
+
+
+def test_the_augmentation_of_a_stage_changes_its_batches_alone(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    settings = {"model": {"image_size": 8, "max_text_length": 4}, "vocabulary": {"columns": ["text"], "size": 40}}
+    experiment = importlib.import_module("pretrain_vlmo").Experiment(settings, "nowhere")
+    experiment.train = [{"text": "black", "pixel_values": torch.zeros(3, 8, 8, dtype=torch.uint8)}] * 64
+    plain = experiment.collator(VlmoRetrievalCollator, "text")(experiment.train)["pixel_values"]
+    hidden = experiment.collator(VlmoRetrievalCollator, "text", {"strength": 0.0, "hidden": 1.0})(experiment.train)
+    assert (plain == -1).all()
+    assert set(hidden["pixel_values"].unique().tolist()) == {-1.0, 1.0}
