@@ -55,12 +55,12 @@ print("INSIDE", time.perf_counter() - start)
 """
 OUR_CODE = """
 import sys, time
-import hf_vlmerge.hub.card, hf_vlmerge.merging
-from hf_vlmerge.cli.app import run
+import filelock, jinja2  # the peer has loaded all it needs, too
+from hf_vlmerge.hub.card import write_merge_card
+from hf_vlmerge.merging import merge
 start = time.perf_counter()
-code = run(["merge", *sys.argv[1:]])
+merge(sys.argv[1], sys.argv[2], threads=int(sys.argv[3]), processes=True, fsync=False, finish=write_merge_card)
 print("INSIDE", time.perf_counter() - start)
-sys.exit(code)
 """
 
 
@@ -208,11 +208,11 @@ def main() -> None:
         ours = ["merge", str(files["ours"]), str(out), "--threads", str(THREADS)]
         commands = {
             "ours": [str(OURS), *ours, "--no-fsync"],
-            "inside": [sys.executable, str(our_code), *ours[1:], "--no-fsync"],
+            "inside": [sys.executable, str(our_code), str(files["ours"]), str(out), str(THREADS)],
             "flushed": [str(OURS), *ours],
         }
         if method != GLOBAL_TIES:
-            commands["compat"] = [sys.executable, str(our_code), str(files["compat"]), *ours[2:], "--no-fsync"]
+            commands["compat"] = [sys.executable, str(our_code), str(files["compat"]), str(out), str(THREADS)]
         if not options.ours_only and method != GLOBAL_TIES:
             commands["peer"] = [str(PEER), str(peer_code), str(files["theirs"]), str(out), str(THREADS)]
         found: dict[str, list] = {name: [] for name in [*commands, "copy"]}

@@ -3,6 +3,7 @@
 Nothing here or at the top of a command's file may import torch or transformers: `hf-vlmerge --help` answers at once.
 """
 
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -71,6 +72,7 @@ def _common(
 
 def run(arguments: list[str] | None = None) -> int:
     """Parse and run; one sentence on stderr for an error, the traceback only with `--debug`."""
+    gc.set_threshold(50_000, 20, 100)  # torch alone loads half a million objects that stay: no need to look so often
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]

@@ -6,7 +6,7 @@ floats several times faster than into bool, and multiplies by them faster still.
 place.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations_with_replacement
 from math import inf
 from typing import Literal
@@ -24,13 +24,17 @@ from .registry import Chunk, Counts, MergeError, Program, WholeModel
 def weighted_sum(x: Tensor, weights: Sequence[float | Tensor] | None = None) -> Tensor:
     """Sum of ``weights[i] * x[i]`` in member order, without weights of ``x[i]``; x (members, ...). Tensor weights must
     broadcast to ``x[0]``."""
-    pairs = zip(x.unbind(), [1.0] * len(x) if weights is None else weights, strict=True)
-    terms = (member if isinstance(weight, float) and weight == 1 else member * weight for member, weight in pairs)
+    terms = iter(x.unbind() if weights is None else weighted(x, weights))
     first, second = next(terms), next(terms, None)
     result = first.clone() if second is None else first + second
     for term in terms:
         result += term
     return result
+
+
+def weighted(x: Tensor, weights: Sequence[float | Tensor]) -> Iterator[Tensor]:
+    for member, weight in zip(x.unbind(), weights, strict=True):
+        yield member if isinstance(weight, float) and weight == 1 else member * weight
 
 
 def weighted_sum_(x: Tensor, weights: Sequence[float] | None = None) -> Tensor:

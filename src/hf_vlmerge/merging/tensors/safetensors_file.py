@@ -8,6 +8,7 @@ there when it is called again.)
 import json
 import mmap
 import os
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..errors import MergeError
 from .dtypes import SAFETENSORS
 
+POPULATE_READ = 22  # Linux: all pages at once, not one by one as they are touched
 MAX_HEADER = 100 * 1000 * 1000  # bytes; the limit of the reference implementation
 
 
@@ -36,7 +38,8 @@ class SafetensorsFile:
         try:
             self.entries, self.metadata = self._read_header()
             # the map lives as long as a tensor that shows some of it
-            self.bytes = torch.frombuffer(mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+            self.map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY)
+            self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
         except BaseException:
             self.close()
             raise
@@ -84,6 +87,9 @@ class SafetensorsFile:
         first, last = (entry.offset + min(at, count) * size for at in (start, count if stop is None else stop))
         if os.fstat(self.descriptor).st_size < last:
             raise MergeError(f"{self.path.name} became shorter while it was read ({key})")
+        with suppress(AttributeError, OSError):  # not everywhere, and no harm done if it cannot
+            page = first - first % mmap.PAGESIZE
+            self.map.madvise(POPULATE_READ, page, last - page)
         data = self.bytes[first : max(first, last)]
         return (data if first % size == 0 else data.clone()).view(entry.dtype)
 
