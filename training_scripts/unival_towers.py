@@ -12,7 +12,8 @@ def towers_run_once(model: nn.Module) -> Iterator[None]:
     """
     Rows that stand side by side with the same medium share one run of its tower, whose features are repeated.
 
-    No number changes but the statistics of BatchNorm, which count each medium once.
+    In evaluation no number changes; in training each medium counts once, in the statistics of BatchNorm and in what is
+    drawn at random.
     """
     handles = []
     for kind in model.config.towers:

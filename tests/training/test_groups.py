@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from hf_vlmerge.models.vlmo.configuration_vlmo import VlmoConfig
 from hf_vlmerge.models.vlmo.modeling_vlmo import VlmoForPreTraining, VlmoForQuestionAnswering
@@ -95,6 +96,11 @@ def test_groups_of_the_released_code(shared, key, model_class, experts):
             assert (name in decayed) == (group["weight_decay"] > 0), name
             assert (name in head) == (group["lr"] > golden["groups"][0]["lr"]), name
     assert seen == ours
+
+
+def test_batch_norms_are_norms():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    assert decayed_parameters(model) == ["0.weight"]
 
 
 def test_by_default_no_norm_is_decayed():

@@ -10,18 +10,21 @@ RELEASED_NORMS = re.compile(
 )
 
 
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+
+
 def decayed_parameters(model: nn.Module, as_released: bool = False) -> list[str]:
     """
     Names of the parameters under weight decay.
 
-    Exempt are biases, the table of relative positions, and all norms. The released code of Sung et al. 2023 decays the
-    norms of per-modality experts and the one in the classifier, since its list of exempt names does not match them;
-    `as_released` does the same.
+    Exempt are biases (by name, and so VLMo's table of relative positions) and all norms. The released code of Sung et
+    al. 2023 decays the norms of per-modality experts and the one in the classifier, since its list of exempt names does
+    not match them; `as_released` does the same.
     """
     norms = {
         f"{name}.{parameter}" if name else parameter
         for name, module in model.named_modules()
-        if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))
+        if isinstance(module, NORMS)
         for parameter, _ in module.named_parameters(recurse=False)
     }
     if as_released:

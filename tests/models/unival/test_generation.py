@@ -234,8 +234,33 @@ def test_either_side_of_padding_and_an_absent_start_token_give_the_same():
     options.append({"decoder_input_ids": right, "decoder_attention_mask": (right != 1).long()})
     said = [model.generate(**batch, **each, answer_trie=trie) for each in options]
     scores = [model.score_candidates(batch | each, trie) for each in options]
-    assert all(torch.equal(each, said[0]) for each in said) and (said[0][:, :5] == left).all()
+    starts = torch.tensor([[*[0] * (5 - len(prompt)), *prompt] for prompt in PROMPTS])
+    assert all(torch.equal(each, said[0]) for each in said) and (said[0][:, :5] == starts).all()
     assert all(torch.equal(each, scores[0]) for each in scores)
+
+
+@pytest.mark.parametrize("rows", [[1], [1, 2]])
+@torch.no_grad()
+def test_rows_cut_from_a_padded_batch_say_the_same(rows):
+    """Then no prompt is as long as its row."""
+    model, batch, trie = model_of(), mixed_batch((0, 1, 2, -1)), AnswerTrie(ANSWERS)
+    ids = right_padded(PROMPTS)
+    options = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_scores": True}
+    for row in rows:
+        alone = inputs_of(single_row(batch, row)) | {"decoder_input_ids": torch.tensor([PROMPTS[row]])}
+        cut = inputs_of(single_row(batch, row)) | {"decoder_input_ids": ids[[row] * len(rows)]}
+        cut = {name: value.expand(len(rows), *value.shape[1:]) for name, value in cut.items()}
+        exact, found = model.generate(**alone, **options), model.generate(**cut, **options)
+        for ours, theirs in zip(found.scores, exact.scores, strict=True):
+            torch.testing.assert_close(ours, theirs.expand_as(ours), rtol=0, atol=1e-5)
+        said, expected = model.generate(**cut, answer_trie=trie), model.generate(**alone, answer_trie=trie)
+        assert said[0, ids.shape[1] :].tolist() == expected[0, len(PROMPTS[row]) :].tolist()
+
+
+def test_candidates_are_not_scored_after_the_answer():
+    model, batch = model_of(), inputs_of(tiny_batch(2))
+    with pytest.raises(ValueError, match="the batch has labels, so its prompts end with the answers"):
+        model.score_candidates(batch | {"labels": torch.tensor([[5, 2]] * 2)}, AnswerTrie(ANSWERS))
 
 
 @torch.no_grad()

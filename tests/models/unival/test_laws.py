@@ -191,6 +191,17 @@ def test_steps_with_the_cache_equal_one_pass(code_mask):
         assert cache.get_seq_length() == 9
 
 
+@torch.no_grad()
+def test_a_step_of_one_padded_row_with_the_cache():
+    model, batch, ids = model_of(), inputs_of(tiny_batch(1)), targets(1, 6, 6)
+    exact = model(**batch, decoder_input_ids=ids).logits[:, -1:]
+    left, mask = torch.nn.functional.pad(ids, (2, 0), value=1), torch.nn.functional.pad(torch.ones_like(ids), (2, 0))
+    cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+    for new, known in ((left[:, :-1], mask[:, :-1]), (left[:, -1:], mask)):
+        step = model(**batch, decoder_input_ids=new, decoder_attention_mask=known, past_key_values=cache)
+    close(step.logits, exact)
+
+
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("codes", [False, True])
 @torch.no_grad()
@@ -542,6 +553,10 @@ def test_far_text_shares_the_last_bucket():
         ({"towers": ["vision"]}, "towers has 'vision'; expected a subset of"),
         ({"hidden_size": 30}, "hidden_size 30 is not a multiple of num_attention_heads 4"),
         ({"text_bucket_size": 15}, "text_bucket_size is 15; expected an even number"),
+        (
+            {"text_bucket_distance": 9},
+            "text_bucket_distance is 9; expected more than half of text_bucket_size 16",
+        ),
         ({"code_image_size": 80}, r"code_image_size is 80; expected a multiple of 8, at most 8 \* grid_size = 64"),
         ({"image_depths": [1, 1]}, "image_widths has 4 stages, image_depths has 2"),
         ({"video_widths": [32, 64, 100, 256]}, "expected multiples of 32"),

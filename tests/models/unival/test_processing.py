@@ -251,7 +251,7 @@ def test_targets():
     assert clean_caption_target("A man, riding a horse.") == "A man riding a horse"
     assert make_target("image_captioning", "word. " * 30) == " word" * 20
     assert make_target("question_answering", "it's 3.5") == " it's 3.5"
-    assert make_target("visual_grounding", None) == "{box}"
+    assert make_target("visual_grounding", "") == "{box}"
 
 
 # ------------------------------------------------------------------------------------------------------------ media
@@ -563,6 +563,17 @@ def test_bad_input_says_what_is_wrong(processor, picture, clip, sound):
         ({"text": "a", "videos": clip, "num_frames": 0}, "expected at least one frame to take"),
         ({"text": "a", "task": "text_to_image", "targets": [[3, 16, 0, 1]]}, "codes from 0 to 15 .* row 0 has others"),
         ({"text": ["a", "b"], "targets": [[3, 2, 0, 1], "c"]}, "codes from 0 to 15 .* row 1 has others"),
+        ({"text": "a", "task": "text_to_image", "targets": ["3 2 0 1"]}, "codes from 0 to 15 .* row 0 has others"),
+        ({"text": "a", "task": "text_to_image", "targets": [None]}, "codes from 0 to 15 .* row 0 has others"),
+        ({"text": "a", "task": "question_answering", "targets": [3]}, "string for every row; row 0 has list"),
+        (
+            {"text": ["a", "b"], "task": "question_answering", "targets": ["yes", None]},
+            "expected a string for every row; row 1 has NoneType",
+        ),
+        (
+            {"images": picture, "task": "image_captioning", "targets": [None]},
+            "string for every row; row 0 has NoneType",
+        ),
         ({"images": picture, "task": "question_answering"}, "'question_answering' takes question; pass it as text"),
         ({"images": picture, "task": "image_captioning", "text": "a"}, "takes no text; its instruction is ' what does"),
         ({"images": picture, "task": "captions"}, "there is no task 'captions'"),

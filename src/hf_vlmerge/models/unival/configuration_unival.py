@@ -16,7 +16,7 @@ class UnivalConfig(PreTrainedConfig):
         encoder_layers, decoder_layers (`int`): layers of each stack.
         max_position_embeddings (`int`): tokens of the longest text; the tables have two spare rows more, as stored.
         text_bucket_size (`int`): b of the relative text positions; each layer's table has 2b - 1 rows.
-        text_bucket_distance (`int`): token distance at which the last bucket begins, whatever the table's length.
+        text_bucket_distance (`int`): token distance that is in the last bucket, whatever the table's length.
         grid_size (`int`): side G of the grid of image, video and audio positions. Position tables have G^2 + 1 rows,
             relative ones (2G - 1)^2 + 3. A feature map may be at most G x G.
         attention_scale_factor (`float`): f in 1 / sqrt(f * head size), the factor of all dot products.
@@ -120,6 +120,11 @@ class UnivalConfig(PreTrainedConfig):
             )
         if self.text_bucket_size % 2:
             raise ValueError(f"text_bucket_size is {self.text_bucket_size}; expected an even number.")
+        if self.text_bucket_distance <= self.text_bucket_size // 2 + 1:
+            raise ValueError(
+                f"text_bucket_distance is {self.text_bucket_distance}; expected more than half of text_bucket_size "
+                f"{self.text_bucket_size} and 1."
+            )
         if self.code_image_size % 8 or self.code_grid_size > self.grid_size:
             raise ValueError(
                 f"code_image_size is {self.code_image_size}; expected a multiple of 8, at most 8 * grid_size = "

@@ -30,7 +30,7 @@ class UnivalFeatureExtractor(SequenceFeatureExtractor):
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
         self.num_samples = num_samples
 
-    def __call__(self, raw_speech, sampling_rate=None, generator=None, return_tensors="pt", **kwargs) -> BatchFeature:
+    def __call__(self, raw_speech, sampling_rate=None, generator=None, return_tensors="pt") -> BatchFeature:
         """
         Args:
             raw_speech: one sound or a list of them, as `media_unival.load_audio` takes them. An array, and a list of

@@ -242,7 +242,8 @@ class UnivalGenerationMixin(GenerationMixin):
     def _prompts(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """
         What targets start with, padded on the left, and the mask that says so where lengths differ: a cache then ends
-        with the last token of every prompt, and positions count tokens from the first one that is no padding.
+        with the last token of every prompt, and positions count tokens from the first one that is no padding. The
+        padding is of start tokens, since `generate` begins rows without one anew.
         """
         ids, mask = inputs.get("decoder_input_ids"), inputs.get("decoder_attention_mask")
         if ids is None:
@@ -253,7 +254,7 @@ class UnivalGenerationMixin(GenerationMixin):
         if (first != start).all():
             ids = torch.nn.functional.pad(ids, (1, 0), value=start)
             mask = torch.nn.functional.pad(mask.long(), (1, 0), value=1)
-        ids = torch.where(mask.bool(), ids, self.config.pad_token_id)
+        ids = torch.where(mask.bool(), ids, start)
         order = mask.long().sort(dim=1, stable=True).indices
         ids, mask = ids.gather(1, order), mask.long().gather(1, order)
         return {"decoder_input_ids": ids} if mask.all() else {"decoder_input_ids": ids, "decoder_attention_mask": mask}
@@ -314,7 +315,12 @@ class UnivalGenerationMixin(GenerationMixin):
 
         Shapes:
             -> (B, C), float32
+
+        Raises:
+            ValueError: the inputs have labels, or a candidate has tokens that the model lacks.
         """
+        if inputs.get("labels") is not None:
+            raise ValueError("the batch has labels, so its prompts end with the answers; expected one without targets.")
         self._check_answers(candidates)
         encoder_inputs = {name: value for name, value in inputs.items() if name not in DECODER_INPUTS}
         encoded = self.get_encoder()(**encoder_inputs, return_dict=True)

@@ -314,7 +314,7 @@ class UnivalImageCodes(PreTrainedModel):
         codes = scores.argmax(dim=1)
         if self.training:
             chosen = nn.functional.gumbel_softmax(scores, tau=temperature, dim=1, hard=True)
-            embedded = torch.einsum("bkhw,ke->behw", chosen, self.code_book.weight)
+            embedded = (chosen.movedim(1, -1) @ self.code_book.weight).movedim(-1, 1)
         else:
             embedded = self.code_book(codes).permute(0, 3, 1, 2)
         reconstruction = self.render(embedded)

@@ -94,7 +94,7 @@ def grid_ids(shape: tuple[int, ...], kind: str, grid: int, device: torch.device 
     """
     if kind == "audio":
         count = shape[0] * shape[1]
-        width = next(side for side in range(count + 1) if side * side >= count)
+        width = math.ceil(math.sqrt(count))
         height, repeats = width, 1
     else:
         (height, width), repeats = shape[-2:], shape[0] if kind == "video" else 1
@@ -730,11 +730,13 @@ class UnivalDecoder(UnivalStack):
 
     def positions_and_mask(
         self, inputs_embeds: torch.Tensor, past: int, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions (1 or B, S) of all target tokens, and which of them each query may see: (1 or B, 1, Q, S)."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Positions (1 or B, S) of all target tokens, and which of them each query may see: (1 or B, 1, Q, S), or None
+        where that is all of them."""
         total, device = past + inputs_embeds.shape[1], inputs_embeds.device
         positions = torch.arange(total, device=device)[None]
-        visible = (positions <= positions[:, past:].transpose(0, 1))[None, None]
+        single = inputs_embeds.shape[1] == 1  # and it comes last
+        visible = None if single else (positions <= positions[:, past:].transpose(0, 1))[None, None]
         if attention_mask is not None:
             if attention_mask.dim() != 2:
                 raise ValueError(
@@ -745,7 +747,8 @@ class UnivalDecoder(UnivalStack):
                 raise ValueError(
                     f"decoder_attention_mask covers {attention_mask.shape[1]} tokens; expected {total}, all so far."
                 )
-            visible = visible & attention_mask[:, None, None, :].bool()
+            known = attention_mask[:, None, None, :].bool()
+            visible = known if visible is None else visible & known
             if not attention_mask[:, 0].all():
                 positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         return positions, visible
@@ -777,13 +780,13 @@ class UnivalDecoder(UnivalStack):
         The bias of every layer with the causal mask, for the new tokens only: one (1 or B, H, Q, S) a layer.
 
         Shapes:
-            targets (1 or B, S, D); positions (1 or B, S); visible (1 or B, 1, Q, S)
+            targets (1 or B, S, D); positions (1 or B, S); visible (1 or B, 1, Q, S) or None
         """
         untied = position_scores(
             targets[:, past:], targets, self.self_position_q_proj, self.self_position_k_proj,
             self.config.num_attention_heads, self.scaling,
         )  # fmt: skip
-        if visible.shape[0] > 1 or visible.shape[2] > 1:  # a single new token sees all the others
+        if visible is not None:
             untied = untied + additive_mask(visible, untied.dtype)
         text = self.text_bias(positions[:, past:], positions) if codes is not True else None
         cells = self.code_cells(positions)

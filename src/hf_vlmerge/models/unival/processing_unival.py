@@ -425,29 +425,36 @@ def _answers(targets: list | None, task: str | None, boxes: list | None, num_cod
         if boxes is None or task is None or prompt_of(task).target != BOX:
             return None
         return [BOX] * len(boxes)
-    if _says_codes(targets, None):
+    if _says_codes(targets, task):
         return [_code_tokens(codes, row, num_codes) for row, codes in enumerate(targets)]
     if task is not None:
-        return [make_target(task, target) for target in targets]
+        return [make_target(task, _string(target, row)) for row, target in enumerate(targets)]
     return [_spaced(target, row) for row, target in enumerate(targets)]
 
 
 def _says_codes(targets: list | None, task: str | None) -> bool:
     """Whether the rows are to be answered with images: targets are then numbers of codes."""
-    return (task is not None and prompt_of(task).codes) or (targets is not None and not isinstance(targets[0], str))
+    if task is not None:
+        return prompt_of(task).codes
+    return targets is not None and not isinstance(targets[0], str)
 
 
 def _code_tokens(codes: Any, row: int, count: int) -> str:
     """The tokens of an image. Others than those of the vocabulary would be spelled as text."""
-    if isinstance(codes, str) or not all(0 <= int(code) < count for code in codes):
+    if isinstance(codes, str) or not hasattr(codes, "__iter__") or not all(0 <= int(code) < count for code in codes):
         raise ValueError(f"expected image codes from 0 to {count - 1} for every row; row {row} has others.")
     return "".join(f"<code_{int(code)}>" for code in codes)
 
 
-def _spaced(text: Any, row: int) -> str:
-    """With a leading space, which belongs to the first piece of every text that the models have seen."""
+def _string(text: Any, row: int) -> str:
     if not isinstance(text, str):
         raise ValueError(f"expected a string for every row; row {row} has {type(text).__name__}.")
+    return text
+
+
+def _spaced(text: Any, row: int) -> str:
+    """With a leading space, which belongs to the first piece of every text that the models have seen."""
+    text = _string(text, row)
     return text if not text or text[0].isspace() else f" {text}"
 
 

@@ -3,7 +3,6 @@
 
 import re
 import string
-from typing import Any
 from typing import NamedTuple
 
 LEADING_MARKS = ",.!?*#:;~"
@@ -46,9 +45,7 @@ PROMPTS: dict[str, Prompt] = {
     "answer_matching": Prompt(' what is the answer to question " {question} ". is " {answer} "?'),
     "visual_entailment": Prompt(' does the image describe " {hypothesis} "?'),
     "visual_entailment_with_premise": Prompt(' can image and text1 " {premise} " imply text2 " {hypothesis} "?'),
-    "text_to_image": Prompt(
-        " what is the complete image? caption: {caption}", target="{target}", cleaned=False, codes=True
-    ),
+    "text_to_image": Prompt(" what is the complete image? caption: {caption}", cleaned=False, codes=True),
 }
 
 
@@ -93,10 +90,10 @@ def make_prompt(task: str, *, objects: list[str] | None = None, **fields: str) -
     return f"{source} object: {' '.join(objects)}" if objects else source
 
 
-def make_target(task: str, target: Any) -> str:
+def make_target(task: str, target: str) -> str:
     """What the model is to say for a task: with its leading space, captions without punctuation and cut to 20 words."""
     prompt = prompt_of(task)
-    return prompt.target.replace("{target}", clean_caption_target(target) if prompt.caption else str(target))
+    return prompt.target.replace("{target}", clean_caption_target(target) if prompt.caption else target)
 
 
 def clean_text(text: str, max_words: int = MAX_SOURCE_WORDS) -> str:
