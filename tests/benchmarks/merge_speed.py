@@ -54,10 +54,11 @@ main([sys.argv[1], sys.argv[2], "--quiet", "-j", sys.argv[3]], standalone_mode=F
 print("INSIDE", time.perf_counter() - start)
 """
 OUR_CODE = """
-import sys, time
+import gc, sys, time
 import filelock, jinja2  # the peer has loaded all it needs, too
 from hf_vlmerge.hub.card import write_merge_card
 from hf_vlmerge.merging import merge
+gc.set_threshold(50_000, 20, 100)  # as the command does
 start = time.perf_counter()
 merge(sys.argv[1], sys.argv[2], threads=int(sys.argv[3]), processes=True, fsync=False, finish=write_merge_card)
 print("INSIDE", time.perf_counter() - start)
