@@ -12,6 +12,7 @@ there is one loss: the mean over all their tokens. Batches of one kind of media 
 import argparse
 import json
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -164,13 +165,17 @@ def compare(scores: np.ndarray, rules: dict[str, np.ndarray], groups: list, stat
     }
 
 
+def percent(*values: float, factor: float, digits: int) -> str:
+    """A number, or a number and its error."""
+    return " ± ".join(f"{factor * each:.{digits}f}" for each in values)
+
+
 def table(results: dict[str, dict], tasks: dict[str, Task]) -> list[str]:
     """Percent, and CIDEr-D as it is."""
     rows = []
     for name, result in results.items():
         factor, digits = (1, 2) if tasks[name].kind == "captions" else (100, 1)
-        show = "{:.%df}" % digits  # noqa: UP031
-        number = lambda *values, factor=factor, show=show: " ± ".join(show.format(factor * each) for each in values)  # noqa: E731
+        number = partial(percent, factor=factor, digits=digits)
         rows.append(
             [
                 name.replace("_", " "),

@@ -15,12 +15,12 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 from transformers import BatchFeature
 
+from hf_vlmerge.models.unival.chats_unival import ARGUMENTS
 from hf_vlmerge.models.unival.media_unival import load_audio, load_image, load_video
 from hf_vlmerge.models.unival.processing_unival import UnivalProcessor
-from hf_vlmerge.models.unival.prompts_unival import BOX, PROMPTS, clean_caption_target, clean_text, make_prompt
+from hf_vlmerge.models.unival.prompts_unival import BOX, clean_caption_target, clean_text, fields_of, make_prompt
 
 COLUMNS = {"image": "image", "video": "frames", "audio": "audio"}  # where the medium stands
-ARGUMENTS = {"image": "images", "video": "videos", "audio": "audio"}  # of the processor
 
 
 @dataclass
@@ -92,14 +92,11 @@ class Task:
         for text, target in zip(texts, targets, strict=True):
             if self.only not in (None, text):
                 continue
+            prompt = make_prompt(self.prompt, **dict.fromkeys(fields_of(self.prompt), text))
             box = (np.array(target) * scale).tolist() if self.kind == "boxes" else None
-            targets = [BOX] if self.kind == "boxes" else self.answers(target)
-            found.append(Example(text, self.prompt_of(text), targets, self.media, medium, number, group, box))
+            said = [BOX] if self.kind == "boxes" else self.answers(target)
+            found.append(Example(text, prompt, said, self.media, medium, number, group, box))
         return found
-
-    def prompt_of(self, text: str) -> str:
-        fields = {} if PROMPTS[self.prompt].caption else {"text" if self.kind == "boxes" else "question": text}
-        return make_prompt(self.prompt, **fields)
 
     def answers(self, target: str | list[str]) -> list[str]:
         targets = [target] if isinstance(target, str) else target

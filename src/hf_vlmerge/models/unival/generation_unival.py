@@ -6,6 +6,7 @@ B = batch, V = vocabulary, S = target tokens so far, C = candidates, A = tokens 
 """
 
 import copy
+import functools
 from abc import abstractmethod
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -98,7 +99,7 @@ class AnswerTrie:
         """Tokens of the longest answer and the end."""
         return max(map(len, self.answers)) + 1
 
-    @property
+    @functools.cached_property
     def tokens(self) -> list[int]:
         """Every token that occurs, in ascending order."""
         return sorted({self.end_token_id}.union(*self.answers))

@@ -18,9 +18,11 @@ from .batching_unival import media_types
 from .batching_unival import text_rows
 from .chats_unival import media_of_chats
 from .generation_unival import GENERATION_SETTINGS
+from .generation_unival import SPECIAL_IDS
 from .generation_unival import AnswerTrie
 from .grounding_unival import bins_of_boxes
 from .grounding_unival import boxes_of_bins
+from .losses_unival import IGNORED
 from .media_unival import generator_of
 from .media_unival import load_image
 from .media_unival import load_video
@@ -32,8 +34,6 @@ from .prompts_unival import make_target
 from .prompts_unival import prompt_of
 
 PROMPT_TYPES = ("none", "prev_output", "src")
-IGNORED = -100  # label of a place that the loss leaves out
-SPECIAL_IDS = 4  # <s>, <pad>, </s>, <unk>
 # A chat becomes the texts of its messages; a picture alone is to be described.
 CHAT_TEMPLATE = (
     "{%- set ns = namespace(text='') -%}"
