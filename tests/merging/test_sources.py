@@ -4,6 +4,7 @@ import argparse
 import collections
 import io
 import json
+import mmap
 import os
 import pathlib
 import pickle
@@ -94,6 +95,17 @@ def test_tensors_in_memory():
     assert same(source, TENSORS) and source.label == "memory" and open_source(source) is source
     with pytest.raises(MergeError, match="'step' is something else"):
         open_source({"w": torch.ones(1), "step": 3})
+
+
+def test_an_empty_tensor_where_the_last_page_ends(tmp_path):
+    header = {"w": ("F32", [512], [0, 2048]), "z": ("F32", [0], [2048, 2048])}
+    fields = ("dtype", "shape", "data_offsets")
+    text = json.dumps({key: dict(zip(fields, entry, strict=True)) for key, entry in header.items()}).encode()
+    room = mmap.PAGESIZE - 8 - 2048
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", room) + text.ljust(room) + bytes(2048))
+    source = open_source(path)
+    assert source["z"].shape == (0,) and not source["w"].any()
 
 
 @pytest.mark.parametrize("cut", [4, 30, -1, -9])

@@ -24,7 +24,7 @@ from .registry import Chunk, Counts, MergeError, Program, WholeModel
 def weighted_sum(x: Tensor, weights: Sequence[float | Tensor] | None = None) -> Tensor:
     """Sum of ``weights[i] * x[i]`` in member order, without weights of ``x[i]``; x (members, ...). Tensor weights must
     broadcast to ``x[0]``."""
-    terms = iter(x.unbind() if weights is None else weighted(x, weights))
+    terms = iter(x.unbind() if weights is None else weigh(x, weights))
     first, second = next(terms), next(terms, None)
     result = first.clone() if second is None else first + second
     for term in terms:
@@ -32,7 +32,8 @@ def weighted_sum(x: Tensor, weights: Sequence[float | Tensor] | None = None) -> 
     return result
 
 
-def weighted(x: Tensor, weights: Sequence[float | Tensor]) -> Iterator[Tensor]:
+def weigh(x: Tensor, weights: Sequence[float | Tensor]) -> Iterator[Tensor]:
+    """``weights[i] * x[i]``, one member after the other; where a weight is 1, the member itself."""
     for member, weight in zip(x.unbind(), weights, strict=True):
         yield member if isinstance(weight, float) and weight == 1 else member * weight
 
@@ -59,7 +60,7 @@ def normalized(weights: Sequence[float]) -> list[float]:
 
 
 def weigh_(x: Iterable[Tensor], weights: Sequence[float]) -> Iterable[Tensor]:
-    """``weights[i] * x[i]`` for every member."""
+    """The same in the place of ``x``, for all members at once."""
     for member, weight in zip(x, weights, strict=True):
         if weight != 1:
             member.mul_(weight)

@@ -87,9 +87,10 @@ class SafetensorsFile:
         first, last = (entry.offset + min(at, count) * size for at in (start, count if stop is None else stop))
         if os.fstat(self.descriptor).st_size < last:
             raise MergeError(f"{self.path.name} became shorter while it was read ({key})")
-        with suppress(AttributeError, OSError):  # not everywhere, and no harm done if it cannot
-            page = first - first % mmap.PAGESIZE
-            self.map.madvise(POPULATE_READ, page, last - page)
+        if last > first:
+            with suppress(AttributeError, OSError):  # not everywhere, and no harm done if it cannot
+                page = first - first % mmap.PAGESIZE
+                self.map.madvise(POPULATE_READ, page, last - page)
         data = self.bytes[first : max(first, last)]
         return (data if first % size == 0 else data.clone()).view(entry.dtype)
 
