@@ -20,6 +20,8 @@ from transformers.generation import GenerationMixin
 from transformers.generation import LogitsProcessor
 from transformers.generation import LogitsProcessorList
 
+from .losses_unival import IGNORED
+
 SPECIAL_IDS = 4  # <s>, <pad>, </s>, <unk>
 DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_code_mask", "labels")
 
@@ -84,7 +86,7 @@ class AnswerTrie:
         for row, tokens in enumerate(labels.tolist()):
             prefix: tuple[int, ...] = ()
             for place, token in enumerate(tokens):
-                if token == -100:
+                if token == IGNORED:
                     continue
                 allowed = self.allowed(prefix)
                 if token not in allowed:

@@ -45,6 +45,7 @@ from .encoders_unival import UnivalVideoTower
 from .encoders_unival import fourier_kernels
 from .encoders_unival import mel_matrix
 from .generation_unival import UnivalGenerationMixin
+from .losses_unival import IGNORED
 from .losses_unival import mean_loss
 
 INPUT_OF = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_values"}
@@ -189,7 +190,7 @@ def padding_to_the_right(embeddings: torch.Tensor, mask: torch.Tensor) -> tuple[
 def shift_right(labels: torch.Tensor, pad_token_id: int, start_token_id: int) -> torch.Tensor:
     """Decoder input of a target: the start token, then all but the last label (-100 becomes padding). (B, S)"""
     shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=start_token_id)
-    return shifted.masked_fill(shifted == -100, pad_token_id)
+    return shifted.masked_fill(shifted == IGNORED, pad_token_id)
 
 
 def with_either_name_of_the_cache(forward: Callable) -> Callable:
