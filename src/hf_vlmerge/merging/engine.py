@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import forks
+from ._compiled import is_worth_it
 from .adapters import merge_adapter_tensors, merge_adapters
 from .carrying import files_source, merged_config, verify, write_files
 from .errors import MergeError
@@ -89,7 +90,9 @@ def merge(
         if output is None:
             raise MergeError("an output folder is needed")
         specs = {g.output: Spec(g.dtype, g.shape) for g in groups}
-        reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed, device)
+        entries = sum(prod(group.shape) * len(group.refs) for group in groups)
+        compiled = device == "cpu" and is_worth_it(entries)
+        reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed, device, compiled)
 
         def prepare() -> Path:
             key = fingerprint(recipe, opened, {"shard size": shard_size, "device": device})

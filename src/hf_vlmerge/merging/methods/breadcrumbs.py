@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .._compiled import Compiled
 from .._ops import (
     RankedOver,
     breadcrumbs_window,
@@ -50,4 +51,6 @@ def breadcrumbs(
         weights = c.weights.tolist()
         return on_base_(c, weighted_sum_(tau, normalized(weights) if normalize else weights), scale)
 
-    return merge
+    if ranked_over == "row":
+        return merge
+    return Compiled(merge, trim_, factors=factors, normalize=normalize, scale=scale)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .._compiled import Compiled, Election
 from .._ops import (
     Elect,
     Mean,
@@ -65,4 +66,7 @@ def breadcrumbs_ties(
         tau = elect_and_merge_(tau, weights, elect=elect, normalize=normalize, mean=mean, zero=zero)
         return on_base_(c, tau, scale)
 
-    return merge
+    if ranked_over == "row":
+        return merge
+    election = Election(elect, mean, zero)
+    return Compiled(merge, trim_, factors=factors, normalize=normalize, election=election, scale=scale)

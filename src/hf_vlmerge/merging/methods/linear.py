@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .._compiled import Compiled
 from .._ops import normalized, weighted_sum_
 from ..registry import Chunk, merge_method
 
@@ -30,4 +31,4 @@ def linear(*, normalize: bool = True) -> Callable[[Chunk], Tensor]:
         weights = c.weights.tolist()
         return weighted_sum_(c.x, normalized(weights) if normalize else weights)
 
-    return merge
+    return Compiled(merge, normalize=normalize)

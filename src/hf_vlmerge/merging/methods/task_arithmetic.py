@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .._compiled import Compiled
 from .._ops import normalized, on_base_, weighted_sum_
 from ..registry import Chunk, merge_method
 
@@ -25,4 +26,4 @@ def task_arithmetic(*, scale: float = 1.0, normalize: bool = False) -> Callable[
         weights = c.weights.tolist()
         return on_base_(c, weighted_sum_(c.deltas_(), normalized(weights) if normalize else weights), scale)
 
-    return merge
+    return Compiled(merge, normalize=normalize, scale=scale)
