@@ -25,11 +25,16 @@ NOTHING = np.empty(0, np.float32)
 
 
 def is_worth_it(entries: int) -> bool:
-    """Whether a merge of so many input entries takes longer than numba takes to start; then loads the kernels, once for
-    all copies of this process."""
-    if entries < WORTH_IT or find_spec("numba") is None:
+    """Whether a merge of so many input entries takes longer than numba, where it is installed, takes to start."""
+    return entries >= WORTH_IT and find_spec("numba") is not None
+
+
+def load() -> bool:
+    """Load the kernels, once for all copies that this process makes of itself; says whether they can be used."""
+    try:
+        import_module("._kernels", __package__)
+    except (ImportError, RuntimeError):  # numba does not fit to NumPy, or finds no place for what it compiles
         return False
-    import_module("._kernels", __package__)
     return True
 
 
@@ -68,7 +73,7 @@ class Compiled:
         divisors = [d if self.rescale and 0 < d < 1 else 1.0 for d in self.density]
         below, upto = self.trim or ([NEVER] * members, [inf] * members)
         numbers = tuple(map(as_numbers, (below, upto, divisors or ones, self.factors or ones)))
-        weights = self.weights(list(run.weights))
+        weights, (scale,) = self.weights(list(run.weights)), as_numbers([self.scale])
         shifts = np.uint32(SHIFTS[run.dtype]), np.uint32(SHIFTS[dtype])
         chosen = any(share < 1 for share in self.density)
         step = MASKED if chosen else max(1, count)
@@ -76,7 +81,7 @@ class Compiled:
             own = run.part(start, min(start + step, count))
             kept = self.choice(own) if chosen else np.empty((0, 0), np.uint8)
             place = bits[start : start + own.count]
-            if merge(bits_of(own), base_bits(own), kept, *numbers, weights, np.float32(self.scale), place, *shifts):
+            if merge(bits_of(own), base_bits(own), kept, *numbers, weights, scale, place, *shifts):
                 raise NotFinite
         return out
 
@@ -114,7 +119,9 @@ def base_bits(run: Stored) -> np.ndarray:
 
 
 def as_numbers(values: Sequence[float]) -> np.ndarray:
-    return np.array(values, np.float32)
+    """As float32; beyond its range, infinity, as torch has it."""
+    with np.errstate(over="ignore"):
+        return np.array(values, np.float64).astype(np.float32)
 
 
 def as_bits(values: Tensor) -> np.ndarray:
@@ -127,12 +134,10 @@ def split_stored(run: Stored, deltas: bool, limits: np.ndarray) -> list[tuple[in
     """What `_order.split_run` says of a run: magnitudes of its task vectors (``deltas``) or of its members."""
     from ._kernels import split
 
-    base, shift, parts = base_bits(run), np.uint32(SHIFTS[run.dtype]), []
-    found = np.empty(run.count, np.float32)
-    for member, brackets in zip(bits_of(run), limits, strict=True):
-        for low, high, likely in brackets:
-            above, ties, count, bad = split(member, base if deltas else base[:0], shift, low, high, likely, found)
-            if bad:
-                raise NotFinite
-            parts.append((above, ties, found[:count].copy()))
-    return parts
+    members, base = bits_of(run), base_bits(run)
+    counts = np.empty(limits.shape, np.int64)
+    found = np.empty((*limits.shape[:2], run.count), np.float32)
+    if split(members, base if deltas else base[:0], np.uint32(SHIFTS[run.dtype]), limits, counts, found):
+        raise NotFinite
+    each = zip(counts.reshape(-1, 3).tolist(), found.reshape(-1, run.count), strict=True)
+    return [(above, ties, values[:count].copy()) for (above, ties, count), values in each]

@@ -145,46 +145,54 @@ def share_out(numbers, count, divide_by, counted, sums, shares, size):
 
 
 @compiled
-def split(member, base, shift, low, high, likely, found):
-    """How many magnitudes (of the member, or of its task vector) lie above ``high``, how many are ``likely``, and how
-    many others lie from ``low`` to ``high``, which are put into ``found``; then whether a number is not finite."""
-    bits, ground_bits = np.empty(WIDTH, np.uint32), np.empty(WIDTH, np.uint32)
-    numbers, ground = bits.view(np.float32), ground_bits.view(np.float32)
+def split(members, base, shift, limits, counts, found):
+    """For each member and each of its brackets ``limits`` (members, brackets, 3) float32, from a lowest to a highest
+    value around a likely one: how many magnitudes (of the member or, with a base, of its task vector) lie above it, how
+    many are the likely one, and how many others lie in it, into ``counts`` (members, brackets, 3); those others into
+    ``found`` (members, brackets, n). Says whether a number is not finite."""
+    bits = np.empty((2, WIDTH), np.uint32)
+    numbers, ground = bits.view(np.float32)
     inside = np.empty(WIDTH, np.uint8)
-    above = ties = gathered = 0
     bad = False
-    for start in range(0, member.size, WIDTH):
-        size = min(WIDTH, member.size - start)
-        bad |= widen(member[start : start + size], shift, bits)
+    counts[:] = 0
+    n = members[0].size
+    for start in range(0, n, WIDTH):
+        size = min(WIDTH, n - start)
         if base.size:
-            bad |= widen(base[start : start + size], shift, ground_bits)
+            bad |= widen(base[start : start + size], shift, bits[1])
+        for m in range(len(members)):
+            bad |= widen(members[m][start : start + size], shift, bits[0])
+            if base.size:
+                for i in range(size):
+                    numbers[i] -= ground[i]
             for i in range(size):
-                numbers[i] -= ground[i]
-        for i in range(size):
-            numbers[i] = abs(numbers[i])
-        higher, equal, between = np.int32(0), np.int32(0), np.int32(0)
-        for i in range(size):
-            own = numbers[i]
-            higher += np.int32(own > high)
-            equal += np.int32(own == likely)
-            inside[i] = (own >= low) & (own <= high) & (own != likely)
-            between += np.int32(inside[i])
-        above, ties = above + higher, ties + equal
-        if between:
-            gathered = gather(numbers, inside, size, found, gathered)
-    return above, ties, gathered, bad
+                numbers[i] = abs(numbers[i])
+            for k in range(limits.shape[1]):
+                low, high, likely = limits[m, k]
+                above, atleast, ties = np.int32(0), np.int32(0), np.int32(0)
+                for i in range(size):
+                    above += np.int32(numbers[i] > high)
+                    atleast += np.int32(numbers[i] >= low)
+                    ties += np.int32(numbers[i] == likely)
+                own = counts[m, k]
+                own[0] += above
+                own[1] += ties
+                if atleast > above + ties:
+                    own[2] = gather(numbers, size, low, high, likely, inside, found[m, k], own[2])
+    return bad
 
 
 @compiled
-def gather(numbers, inside, size, found, at):
-    """Put what is inside into ``found`` from ``at`` on; returns where the next goes. Most groups of 16 have none."""
-    for first in range(0, size, 16):
-        last = min(first + 16, size)
-        some = np.uint8(0)
-        for i in range(first, last):
-            some |= inside[i]
-        if some:
-            for i in range(first, last):
+def gather(numbers, size, low, high, likely, inside, found, at):
+    """Put what lies from ``low`` to ``high`` but for the likely value into ``found`` from ``at`` on; returns where the
+    next goes. It is little, so flags (``inside``, a place for them) are looked at eight at a time."""
+    for i in range(size):
+        inside[i] = (numbers[i] >= low) & (numbers[i] <= high) & (numbers[i] != likely)
+    inside[size:] = 0
+    words = inside.view(np.uint64)
+    for word in range(words.size):
+        if words[word]:
+            for i in range(8 * word, 8 * word + 8):
                 if inside[i]:
                     found[at] = numbers[i]
                     at += 1

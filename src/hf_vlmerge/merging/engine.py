@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import forks
-from ._compiled import is_worth_it
+from ._compiled import is_worth_it, load
 from .adapters import merge_adapter_tensors, merge_adapters
 from .carrying import files_source, merged_config, verify, write_files
 from .errors import MergeError
@@ -84,15 +84,15 @@ def merge(
         report = describe(recipe, opened, groups, merged_config(recipe, opened))
         jobs = [job_of(group) for group in groups]
         threads, chunk_size = fit(jobs, threads or available_threads(), chunk_size, limit)
-        report.estimate = estimate(jobs, opened, threads, chunk_size)
+        entries = sum(prod(group.shape) * len(group.refs) for group in groups)
+        compiled = device == "cpu" and is_worth_it(entries)
+        report.estimate = estimate(jobs, opened, threads, chunk_size, compiled)
         if dry_run:
             return report
         if output is None:
             raise MergeError("an output folder is needed")
         specs = {g.output: Spec(g.dtype, g.shape) for g in groups}
-        entries = sum(prod(group.shape) * len(group.refs) for group in groups)
-        compiled = device == "cpu" and is_worth_it(entries)
-        reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed, device, compiled)
+        reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed, device, compiled and load())
 
         def prepare() -> Path:
             key = fingerprint(recipe, opened, {"shard size": shard_size, "device": device})

@@ -158,7 +158,7 @@ class Reader:
 
     def has_compiled_form(self, group: MergeGroup, unit: Unit) -> bool:
         """Whether runs of the group's inputs can be taken as they are stored."""
-        if not self.compiled or unit != "element" or self.allow_nonfinite or self.device != "cpu":
+        if not self.compiled or unit == "tensor" or self.allow_nonfinite or self.device != "cpu":
             return False
         dtypes = {self.sources[ref.source].dtype(ref.key) for ref in group.refs}
         return len(dtypes) == 1 and dtypes <= SHIFTS.keys()

@@ -19,6 +19,7 @@ from ..registry import Chunk, PerMember, Program, merge_method
 @merge_method(
     "breadcrumbs",
     paper="2312.06795",
+    compiled=True,
     unit="row",
     needs_base=True,
     mergekit={"density": 1.0, "gamma": 0.01},

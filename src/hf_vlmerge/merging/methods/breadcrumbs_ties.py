@@ -22,6 +22,7 @@ from ..registry import Chunk, PerMember, Program, merge_method
 @merge_method(
     "breadcrumbs_ties",
     paper="2312.06795",
+    compiled=True,
     unit="row",
     needs_base=True,
     mergekit={

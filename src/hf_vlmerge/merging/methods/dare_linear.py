@@ -10,6 +10,7 @@ from ..registry import Chunk, PerMember, Program, merge_method
 @merge_method(
     "dare_linear",
     paper="2311.03099",
+    compiled=True,
     needs_base=True,
     mergekit={"density": 1.0, "rescale_by": "l1"},
     cost="O(n P)",

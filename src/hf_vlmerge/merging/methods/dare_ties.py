@@ -22,6 +22,7 @@ from ..registry import Chunk, PerMember, Program, merge_method
 @merge_method(
     "dare_ties",
     paper="2311.03099",
+    compiled=True,
     needs_base=True,
     mergekit={
         "density": 1.0,

@@ -16,6 +16,7 @@ def _is_mean(parameters, weights) -> bool:
 @merge_method(
     "linear",
     paper="2203.05482",
+    compiled=True,
     average=True,
     keeps_equal=_is_mean,
     cost="O(n P)",

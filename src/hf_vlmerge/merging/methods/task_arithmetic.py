@@ -12,6 +12,7 @@ from ..registry import Chunk, merge_method
 @merge_method(
     "task_arithmetic",
     paper="2212.04089",
+    compiled=True,
     needs_base=True,
     cost="O(n P)",
     disagreements="mergekit forms task vectors and their sum in the dtype of the inputs; here both are float32.",

@@ -22,6 +22,7 @@ from ..registry import Chunk, PerMember, Program, merge_method
 @merge_method(
     "ties",
     paper="2306.01708",
+    compiled=True,
     needs_base=True,
     mergekit={"density": 1.0, "scope": "tensor", "elect": "weighted", "mean": "weights", "zero_sign": "positive"},
     cost="O(n P); a pass finds the thresholds, over the whole model one or two",
