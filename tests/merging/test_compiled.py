@@ -128,10 +128,11 @@ def test_what_is_not_finite_is_refused_by_name(method, value, inputs, always, tm
 
 
 def test_what_does_not_fit_is_refused(inputs, always, tmp_path):
-    with pytest.raises(MergeError, match="do not fit into bfloat16"):
-        weights(
-            recipe_for(inputs / "float32", "task_arithmetic", {"scale": 3e38}, out_dtype="bfloat16"), tmp_path / "o"
-        )
+    for scale in (3e38, 1e300):
+        recipe = recipe_for(inputs / "float32", "task_arithmetic", {"scale": scale}, out_dtype="bfloat16")
+        recipe["models"][0]["parameters"]["weight"] = 1e4
+        with pytest.raises(MergeError, match="do not fit into bfloat16"):
+            weights(recipe, tmp_path / "out")
 
 
 def test_weights_that_cannot_be_normalised_are_refused(inputs, always, tmp_path):
