@@ -326,4 +326,7 @@ class UnivalImageCodes(PreTrainedModel):
         return outputs if return_dict is not False else outputs.to_tuple()
 
 
+UnivalImageCodesConfig.register_for_auto_class()
+UnivalImageCodes.register_for_auto_class()
+
 __all__ = ["UnivalImageCodes", "UnivalImageCodesConfig"]
