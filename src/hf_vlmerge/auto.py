@@ -13,7 +13,7 @@ each has run:
 A module that has already run is acted upon at once.
 
 Where this package is not installed, `trust_remote_code=True` is the other road: our classes save their source files and
-`auto_map` with everything else, and `add_remote_code` puts both into a folder that no class of ours wrote, as of a merge.
+`auto_map` with everything else, and `add_remote_code` puts both into a folder that no class of ours wrote.
 """
 
 import functools

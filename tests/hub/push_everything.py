@@ -14,8 +14,14 @@ from safetensors.torch import save_file
 from transformers import BertTokenizer
 
 import hf_vlmerge
-from hf_vlmerge import UnivalForConditionalGeneration, UnivalImageCodes, UnivalImageCodesConfig, UnivalModel
-from hf_vlmerge import VlmoImageProcessor, VlmoProcessor
+from hf_vlmerge import (
+    UnivalForConditionalGeneration,
+    UnivalImageCodes,
+    UnivalImageCodesConfig,
+    UnivalModel,
+    VlmoImageProcessor,
+    VlmoProcessor,
+)
 from tests.models.unival import tiny as unival
 from tests.models.unival.tiny_processor import tiny_processor
 from tests.models.vlmo import tiny as vlmo
