@@ -206,6 +206,8 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif kind == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
+            elif kind == "deletedFile":
+                del files[value["path"]]
         commit = hashlib.sha1(parent.encode() + self.body).hexdigest()
         self.hub.repos[repo][commit], self.hub.heads[repo][revision] = files, commit
         self.hub.commits.setdefault(repo, []).append(message)

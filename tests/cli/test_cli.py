@@ -16,6 +16,7 @@ from hf_vlmerge.cli import main
 from hf_vlmerge.cli.demo import ARMS
 
 COMMANDS = [["demo"], ["merge"], ["distance"], ["statistics"], ["methods"], ["convert", "vlmo"], ["convert", "beit"]]
+COMMANDS += [["publish"], ["card"]]
 COMMANDS += [["convert", name] for name in ("seed", "unival", "unival-init", "image-codes")]
 WORDS = [
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "green", "blue", "small", "large", "circle", "square",
