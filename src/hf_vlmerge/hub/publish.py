@@ -14,7 +14,7 @@ from hf_vlmerge.merging import Recipe, merge
 
 from . import provenance
 from .card import parent_inputs
-from .checks import IGNORED, TOKEN, PublishError, check_folder, check_repo_id, check_texts
+from .checks import IGNORED, TOKEN, PublishError, check_folder, check_repo_id, check_texts, files_of
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 FRONT_MATTER = re.compile(r"\A---\n(.*?)^---\n", re.MULTILINE | re.DOTALL)
@@ -72,36 +72,20 @@ def publish(
     folder = Path(folder).expanduser()
     check_repo_id(repo_id)
     names = check_folder(folder)
-    inputs = provenance.read(folder) if recipe is None else hashed_inputs(recipe, folder)
-    known = {each["label"] for each in inputs}
-    inputs += [each for each in parent_inputs(parents or {}) if each["label"] not in known]
+    inputs = inputs_of(folder, recipe, parents or {})
     weights = provenance.weight_files(folder)
     settings = ({"base_model": list(parents)} if parents else {}) | dict(metadata or {})
     card = with_metadata((folder / "README.md").read_text(encoding="utf-8"), settings)
     card = with_name(card, folder.resolve().name, repo_id)
-
-    def texts() -> dict[str, str]:
-        written = {provenance.NAME: provenance.text(inputs)} if inputs else {}
-        return {"README.md": provenance.with_section(card, provenance.section(weights, inputs)), **written}
-
-    check_texts(folder, names, texts())
-    if not dry_run:
-        with one_sentence(repo_id):
-            inputs = [with_reported_hashes(each) for each in inputs]
-        for name, text in texts().items():
+    check_texts(folder, names, texts_of(card, weights, inputs))
+    if dry_run:
+        return Published(repo_id, sizes_of(folder), unknown_hashes(inputs))
+    with one_sentence(repo_id):
+        inputs = [with_reported_hashes(each) for each in inputs]
+        for name, text in texts_of(card, weights, inputs).items():
             (folder / name).write_text(text, encoding="utf-8")
         add_remote_code(folder)
-    files = {name: (folder / name).stat().st_size for name in check_folder(folder)}
-    notes = tuple(
-        f"the sha256 of {file['name']} of {each['label']} ({each['role']}) is not known; give the recipe that was run"
-        for each in inputs
-        for file in each["files"]
-        if not file["sha256"] and not each["revision"]
-    )
-    if dry_run:
-        return Published(repo_id, files, notes)
-    with one_sentence(repo_id):
-        return upload(folder, Published(repo_id, files, notes), private, revision, message)
+        return upload(folder, Published(repo_id, sizes_of(folder), unknown_hashes(inputs)), private, revision, message)
 
 
 def upload(folder: Path, what: Published, private: bool | None, revision: str | None, message: str | None) -> Published:
@@ -128,13 +112,38 @@ def upload(folder: Path, what: Published, private: bool | None, revision: str | 
     return Published(what.repo_id, what.files, what.notes, str(url), commit.oid, commit.oid != head.sha)
 
 
-def hashed_inputs(recipe: Any, folder: Path) -> list[dict[str, Any]]:
-    """The inputs that a recipe names, with their sha256; it must be the one that the folder's merge was made by."""
-    report = merge(Recipe.load(recipe), None, dry_run=True, hash_inputs=True)
-    path = folder / "recipe.yaml"
-    if not path.is_file() or Recipe.load(path) != report.recipe:
-        raise PublishError(f"{folder.name} is not a merge of this recipe, or its inputs have changed their revision")
-    return report.sources
+def inputs_of(folder: Path, recipe: Any, parents: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What a model was made from: what its provenance says, or the recipe by which its merge was made, with the sha256
+    of every input; and the models that training began from."""
+    inputs = provenance.read(folder)
+    if recipe is not None:
+        report = merge(Recipe.load(recipe), None, dry_run=True, hash_inputs=True)
+        path = folder / "recipe.yaml"
+        if not path.is_file() or Recipe.load(path) != report.recipe:
+            raise PublishError(f"{folder.name} is not a merge of this recipe, or its inputs have another revision now")
+        inputs = report.sources
+    known = {each["label"] for each in inputs}
+    return [*inputs, *(each for each in parent_inputs(parents) if each["label"] not in known)]
+
+
+def texts_of(card: str, weights: list[dict[str, Any]], inputs: list[dict[str, Any]]) -> dict[str, str]:
+    """The files that publishing writes, by name."""
+    texts = {"README.md": provenance.with_section(card, provenance.section(weights, inputs))}
+    return texts | ({provenance.NAME: provenance.text(inputs)} if inputs else {})
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    return {name: (folder / name).stat().st_size for name in files_of(folder)}
+
+
+def unknown_hashes(inputs: list[dict[str, Any]]) -> tuple[str, ...]:
+    """A note for every local input whose sha256 nobody has recorded."""
+    return tuple(
+        f"the sha256 of {file['name']} of {each['label']} ({each['role']}) is not known; give the recipe that was run"
+        for each in inputs
+        for file in each["files"]
+        if not file["sha256"] and not each["revision"]
+    )
 
 
 def with_reported_hashes(source: Mapping[str, Any]) -> dict[str, Any]:
