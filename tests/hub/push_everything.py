@@ -75,8 +75,8 @@ def is_same(first: dict, second: dict) -> bool:
 
 
 def main(folder: Path) -> None:
-    facts = {}
-    for name, (model, inputs) in models_and_inputs().items():
+    facts, models, parts = {}, models_and_inputs(), processors()
+    for name, (model, inputs) in models.items():
         model.push_to_hub(f"org/{name}", private=name == "UnivalModel")
         again, info = type(model).from_pretrained(f"org/{name}", output_loading_info=True)
         expected = outputs(model, inputs)
@@ -88,7 +88,7 @@ def main(folder: Path) -> None:
             "digest": digest(expected),
         }
         save_file(inputs, folder / f"{name}.safetensors")
-    for name, part in processors().items():
+    for name, part in parts.items():
         part.push_to_hub(f"org/{name}")
         again = type(part).from_pretrained(f"org/{name}")
         what = facts_of if hasattr(part, "to_dict") else type(part).get_vocab
@@ -97,8 +97,10 @@ def main(folder: Path) -> None:
         config = kind(initializer_range=0.5)
         config.push_to_hub(f"org/{kind.__name__}")
         facts[kind.__name__] = {"same settings": kind.from_pretrained(f"org/{kind.__name__}").initializer_range == 0.5}
-    complete("org/unival", UnivalForConditionalGeneration, tiny_processor())
-    complete("org/vlmo", hf_vlmerge.VlmoForPreTraining, processors()["VlmoProcessor"])
+    complete = {"unival": "UnivalForConditionalGeneration", "vlmo": "VlmoForPreTraining"}  # as users load them
+    for repo, name in complete.items():
+        models[name][0].push_to_hub(f"org/{repo}")
+        parts[f"{repo.capitalize()}Processor"].push_to_hub(f"org/{repo}")
     print(json.dumps(facts))
 
 
@@ -107,12 +109,6 @@ def facts_of(part) -> dict:
     settings = part if isinstance(part, dict) else part.to_dict()
     kept = settings.keys() - {"auto_map", "_name_or_path"}
     return {k: facts_of(settings[k]) if isinstance(settings[k], dict) else settings[k] for k in kept}
-
-
-def complete(repo: str, kind: type, processor) -> None:
-    """A repository as users load it: model and processor."""
-    models_and_inputs()[kind.__name__][0].push_to_hub(repo)
-    processor.push_to_hub(repo)
 
 
 if __name__ == "__main__":

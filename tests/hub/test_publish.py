@@ -12,7 +12,7 @@ import pytest
 import yaml
 from safetensors.torch import load
 
-from hf_vlmerge import UnivalForConditionalGeneration, publish
+from hf_vlmerge import UnivalForConditionalGeneration, VlmoForPreTraining, publish
 from hf_vlmerge.cli import main
 from hf_vlmerge.hub.card import write_model_card
 from hf_vlmerge.hub.provenance import section, with_section
@@ -25,6 +25,7 @@ from tests.hub.test_push import run as run_code
 from tests.hub_server import TOKEN, HubServer
 from tests.models.unival.tiny import tiny_model
 from tests.models.unival.tiny_processor import tiny_processor
+from tests.models.vlmo.tiny import tiny_model as vlmo_model
 
 EXAMPLES = sorted((ROOT / "hub_configs" / "publish").glob("*.yaml"))
 
@@ -90,6 +91,7 @@ def add(name: str, text: str):
             "notes.json names a path of this machine, '/mnt/disk/",
         ),
         (add("README.md", r"C:\Users\ann\vqa"), r"README.md names a path of this machine, 'C:\\\\Users"),
+        (add("provenance.json", '{"inputs": [1]}'), "provenance.json is not as it was written: expected"),
         (add("README.md", "hf_" + "a1B2" * 8), "README.md holds what looks like an access token"),
     ],
 )
@@ -250,6 +252,26 @@ def test_the_example_of_an_average_is_merged_and_published_once(hub, models):
     expected = merge_tensors(recipe, {m["model"]: models / "runs" / m["model"] for m in recipe["models"]})
     published = load(files["model.safetensors"])
     assert expected.keys() == published.keys() and all(expected[name].equal(published[name]) for name in expected)
+
+
+def test_inputs_on_the_hub_are_pinned_and_have_the_hashes_of_the_hub(finished, tmp_path):
+    vlmo_model(VlmoForPreTraining).save_pretrained(tmp_path / "specific")
+    start = {path.name: path.read_bytes() for path in (tmp_path / "specific").iterdir()}
+    commit = "c" * 40
+    publication = {"repo_id": "org/trained", "folder": "finished", "parents": {"org/vlmo-base-specific": "main"}}
+    (tmp_path / "trained.yaml").write_text(yaml.safe_dump(publication))
+    example = str(ROOT / "hub_configs" / "publish" / "vlmo_interpolation.yaml")
+    repo = "org/vlmo-base-specific"
+    with HubServer({repo: {commit: start}}, {repo: {"main": commit}}) as hub:
+        run(hub, tmp_path, ["publish", example], *[["publish", "trained.yaml"]] * 2)
+        merged, trained = hub.files("org/vlmo-base-merged"), hub.files("org/trained")
+        assert len(hub.commits["org/trained"]) == 1
+    assert yaml.safe_load(merged["recipe.yaml"])["experts_of"] == f"{repo}@{commit}"
+    for files, relation in ((merged, "merge"), (trained, None)):
+        card = files["README.md"].decode()
+        metadata = yaml.safe_load(card.split("---\n")[1])
+        assert (metadata["base_model"], metadata.get("base_model_relation")) == ([repo], relation)
+        assert f"https://huggingface.co/{repo}/tree/{commit}" in card and sha256(start["model.safetensors"]) in card
 
 
 def test_a_folder_a_branch_a_changed_card_and_stale_weights(hub, finished, tmp_path):

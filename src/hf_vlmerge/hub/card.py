@@ -15,6 +15,7 @@ from . import merges, provenance
 from .facts import PAPERS_OF, PIPELINE_TAGS, architecture_of, config_facts, loading, reference, weight_facts
 
 TEMPLATES = Path(__file__).parent
+START = "start"  # role of a model that training began from
 
 
 def write_merge_card(
@@ -149,7 +150,7 @@ def fill(
 
 def parent_inputs(parents: Mapping[str, str]) -> list[dict[str, Any]]:
     """Models that training began from, as inputs whose files are not known yet."""
-    return [{"role": "start", "label": name, "revision": revision, "files": []} for name, revision in parents.items()]
+    return [{"role": START, "label": name, "revision": revision, "files": []} for name, revision in parents.items()]
 
 
 def write(folder: Path, text: str) -> Path:

@@ -70,7 +70,7 @@ def check_folder(folder: Path) -> list[str]:
 
 def check_texts(folder: Path, names: list[str], changed: Mapping[str, str]) -> None:
     """No text tells a path of this machine or a token; ``changed`` are texts that replace what the folder holds."""
-    own = [str(path) for path in (Path.home(), Path.cwd(), folder.resolve().parent) if len(path.parts) > 2]
+    own = [str(path) for path in (Path.home(), Path.cwd(), folder.parent) if len(path.parts) > 2]
     readable = [name for name in names if name.endswith(TEXTS) and Path(name).name not in VOCABULARIES]
     for name in sorted({*readable, *changed}):
         text = changed.get(name)

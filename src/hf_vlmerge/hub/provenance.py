@@ -21,7 +21,13 @@ KEPT = ("role", "label", "revision", "files")
 def read(folder: Path) -> list[dict[str, Any]]:
     """The inputs that a folder's provenance.json names; none without one."""
     path = folder / NAME
-    return json.loads(path.read_text(encoding="utf-8"))["inputs"] if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        inputs = json.loads(path.read_text(encoding="utf-8"))["inputs"]
+        return [{key: each[key] for key in KEPT} for each in inputs]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f'{NAME} is not as it was written: expected {{"inputs": [{{{", ".join(KEPT)}}}]}}') from None
 
 
 def text(inputs: Iterable[Mapping[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from hf_vlmerge.auto import add_remote_code
 from hf_vlmerge.merging import Recipe, merge
 
 from . import provenance
-from .card import parent_inputs
+from .card import START, parent_inputs
 from .checks import IGNORED, TOKEN, PublishError, check_folder, check_repo_id, check_texts, files_of
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -69,14 +69,14 @@ def publish(
     Raises:
         PublishError (a ValueError): the folder cannot be published, before any request; or the Hub refused.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(folder).expanduser().resolve()
     check_repo_id(repo_id)
     names = check_folder(folder)
     inputs = inputs_of(folder, recipe, parents or {})
     weights = provenance.weight_files(folder)
     settings = ({"base_model": list(parents)} if parents else {}) | dict(metadata or {})
     card = with_metadata((folder / "README.md").read_text(encoding="utf-8"), settings)
-    card = with_name(card, folder.resolve().name, repo_id)
+    card = with_name(card, folder.name, repo_id)
     check_texts(folder, names, texts_of(card, weights, inputs))
     if dry_run:
         return Published(repo_id, sizes_of(folder), unknown_hashes(inputs))
@@ -94,12 +94,13 @@ def upload(folder: Path, what: Published, private: bool | None, revision: str | 
 
     api = HfApi()
     url = api.create_repo(what.repo_id, private=private, exist_ok=True)
-    if revision is not None:
-        api.create_branch(what.repo_id, branch=revision, exist_ok=True)
-    head = api.model_info(what.repo_id, revision=revision)
+    head = api.model_info(what.repo_id)
     if private is not None and head.private != private:
         is_now, expected = ("public", "private") if private else ("private", "public")
         raise PublishError(f"{what.repo_id} exists and is {is_now}, not {expected}; change that on its page first")
+    if revision is not None:
+        api.create_branch(what.repo_id, branch=revision, exist_ok=True)
+        head = api.model_info(what.repo_id, revision=revision)
     commit = api.upload_folder(
         repo_id=what.repo_id,
         folder_path=folder,
@@ -122,6 +123,7 @@ def inputs_of(folder: Path, recipe: Any, parents: Mapping[str, str]) -> list[dic
         if not path.is_file() or Recipe.load(path) != report.recipe:
             raise PublishError(f"{folder.name} is not a merge of this recipe, or its inputs have another revision now")
         inputs = report.sources
+    inputs = [each for each in inputs if each["role"] != START or each["label"] not in parents]
     known = {each["label"] for each in inputs}
     return [*inputs, *(each for each in parent_inputs(parents) if each["label"] not in known)]
 
