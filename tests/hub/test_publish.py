@@ -191,7 +191,8 @@ def test_the_section_of_files_is_replaced_and_nothing_else():
 def test_metadata_are_merged_into_the_block():
     card = with_metadata("---\ntags: [merge]\n---\n\n# A\n", {"license": "mit", "language": None})
     assert card == "---\ntags:\n- merge\nlicense: mit\n---\n\n# A\n"
-    assert with_metadata(card, {"license": "mit"}) is card
+    assert with_metadata(card, {"license": "mit", "tags": ["merge"]}) is card
+    assert "tags:\n- merge\n- small\n" in with_metadata(card, {"tags": ["small"]})
     assert with_metadata("# A\n", {"license": "mit"}) == "---\nlicense: mit\n---\n\n# A\n"
 
 

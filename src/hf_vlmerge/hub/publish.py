@@ -165,10 +165,13 @@ def with_reported_hashes(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_metadata(card: str, metadata: Mapping[str, Any]) -> str:
-    """A card whose block of metadata has these values; the same text where it has them already."""
+    """A card whose block of metadata has these values, and these tags beside its own; the same text where it has them
+    already."""
     found = FRONT_MATTER.match(card)
     block = (yaml.safe_load(found[1]) if found else None) or {}
     new = block | {key: value for key, value in metadata.items() if value is not None}
+    if "tags" in new:
+        new["tags"] = list(dict.fromkeys([*(block.get("tags") or ()), *new["tags"]]))
     if new == block:
         return card
     text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True, width=120)
