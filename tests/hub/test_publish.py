@@ -17,7 +17,7 @@ from hf_vlmerge.cli import main
 from hf_vlmerge.hub.card import write_model_card
 from hf_vlmerge.hub.provenance import section, with_section
 from hf_vlmerge.hub.publication import Publication
-from hf_vlmerge.hub.publish import with_metadata
+from hf_vlmerge.hub.publish import with_metadata, with_name
 from hf_vlmerge.merging import MergeError, merge_tensors
 from tests.conftest import ROOT
 from tests.hub.test_push import THEIR_WARNING
@@ -44,7 +44,7 @@ def models(tmp_path_factory) -> Path:
         model = tiny_model(UnivalForConditionalGeneration, seed, vocab_size=len(processor.tokenizer), towers=["image"])
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        write_model_card(folder, data=["shapes"])
+        write_model_card(folder, data=["shapes"], name="finished")
     return root
 
 
@@ -196,6 +196,15 @@ def test_metadata_are_merged_into_the_block():
     assert with_metadata("# A\n", {"license": "mit"}) == "---\nlicense: mit\n---\n\n# A\n"
 
 
+def test_the_example_loads_what_was_published():
+    card = '\n# runs7\n\n"runs7"\n```python\nload("runs7")\n```\n'
+    there = '\n# model\n\n"runs7"\n```python\nload("org/model")\n```\n'
+    assert with_name(card, "runs7", "org/model") == with_name(card, "moved", "org/model") == there
+    assert with_name(there, "moved", "org/model") == there
+    named = card.replace("# runs7", "# A model of mine")
+    assert with_name(named, "runs7", "org/model") == there.replace("# model", "# A model of mine")
+
+
 # On the Hub
 
 
@@ -276,10 +285,13 @@ def test_inputs_on_the_hub_are_pinned_and_have_the_hashes_of_the_hub(finished, t
 
 
 def test_a_folder_a_branch_a_changed_card_and_stale_weights(hub, finished, tmp_path):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
     (first,), _ = run(hub, tmp_path, ["publish", "finished", "org/model", "--revision", "v1", "--json"])
     assert json.loads(first)["changed"] and set(hub.heads["org/model"]) == {"main", "v1"}
     assert hub.files("org/model") == {} and "config.json" in hub.files("org/model", "v1")
-    assert (finished / "README.md").read_bytes() == hub.files("org/model", "v1")["README.md"]
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before  # hashes, names: on the Hub only
+    card = hub.files("org/model", "v1")["README.md"].decode()
+    assert "# model\n" in card and '"org/model", trust_remote_code=True' in card
     hub.files("org/model", "v1")["model-00001-of-00002.safetensors"] = b"of an earlier publication"
     add("README.md", "\nMore to say.\n")(finished)
     (again,), _ = run(

@@ -1,6 +1,8 @@
 """Publishing a finished folder: checked, completed with hashes, and uploaded in one commit."""
 
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +20,7 @@ from .checks import IGNORED, TOKEN, PublishError, check_folder, check_repo_id, c
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 FRONT_MATTER = re.compile(r"\A---\n(.*?)^---\n", re.MULTILINE | re.DOTALL)
+TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 CODE = re.compile(r"^```python\n.*?^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -52,8 +55,9 @@ def publish(
     """
     Upload a folder with a model and its card to the Hub, in one commit.
 
-    The card gets the sha256 of every weight file and of the inputs of a merge, as far as they can be known, and the
-    name of the repository in its example; our models get their source files. All of that is written into the folder.
+    What is uploaded is the folder with a completed card: the sha256 of every weight file and of the inputs of a merge,
+    as far as they can be known, and the name of the repository in title and example; our models get their source
+    files. The folder itself stays as it is, but for provenance.json, which remembers the inputs.
 
     Args:
         folder: config.json, safetensors, README.md, and what belongs to them.
@@ -80,12 +84,26 @@ def publish(
     check_texts(folder, names, texts_of(card, weights, inputs))
     if dry_run:
         return Published(repo_id, sizes_of(folder), unknown_hashes(inputs))
-    with one_sentence(repo_id):
+    with one_sentence(repo_id), tempfile.TemporaryDirectory() as temporary:
         inputs = [with_reported_hashes(each) for each in inputs]
-        for name, text in texts_of(card, weights, inputs).items():
-            (folder / name).write_text(text, encoding="utf-8")
-        add_remote_code(folder)
-        return upload(folder, Published(repo_id, sizes_of(folder), unknown_hashes(inputs)), private, revision, message)
+        texts = texts_of(card, weights, inputs)
+        staged = stage(folder, names, texts, Path(temporary) / folder.name)
+        done = upload(staged, Published(repo_id, sizes_of(staged), unknown_hashes(inputs)), private, revision, message)
+        if provenance.NAME in texts:
+            (folder / provenance.NAME).write_text(texts[provenance.NAME], encoding="utf-8")
+        return done
+
+
+def stage(folder: Path, names: list[str], texts: Mapping[str, str], staged: Path) -> Path:
+    """A copy of a folder as it is uploaded: with other texts and our source files, its weights by links."""
+    for name in names:
+        (staged / name).parent.mkdir(parents=True, exist_ok=True)
+        copy = Path.symlink_to if name.endswith(".safetensors") else lambda new, old: shutil.copyfile(old, new)
+        copy(staged / name, folder / name)
+    for name, text in texts.items():
+        (staged / name).write_text(text, encoding="utf-8")
+    add_remote_code(staged)
+    return staged
 
 
 def upload(folder: Path, what: Published, private: bool | None, revision: str | None, message: str | None) -> Published:
@@ -179,9 +197,14 @@ def with_metadata(card: str, metadata: Mapping[str, Any]) -> str:
 
 
 def with_name(card: str, folder: str, repo_id: str) -> str:
-    """A card whose example loads from the Hub, where it has named the folder; and so its title."""
-    card = card.replace(f"\n# {folder}\n", f"\n# {repo_id.partition('/')[2]}\n", 1)
-    return CODE.sub(lambda block: block[0].replace(f'"{folder}"', f'"{repo_id}"'), card)
+    """A card whose example loads from the Hub, where it names the folder or what the folder was called when the card
+    was written; then the title follows."""
+    title = TITLE.search(card)
+    for name in {folder, title[1] if title else folder}:
+        if any(f'"{name}"' in block for block in CODE.findall(card)):
+            card = CODE.sub(lambda block, name=name: block[0].replace(f'"{name}"', f'"{repo_id}"'), card)
+            card = card.replace(f"\n# {name}\n", f"\n# {repo_id.partition('/')[2]}\n", 1)
+    return card
 
 
 @contextmanager

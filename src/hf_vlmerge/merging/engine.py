@@ -83,7 +83,7 @@ def merge(
     ranks = Ranks.launched() if distributed and not dry_run else ALONE
     with open_sources(recipe, sources) as opened, single_thread(), ExitStack() as stack:
         groups = sorted(plan(recipe, opened), key=lambda g: natural(g.output))
-        report = describe(recipe, opened, groups, merged_config(recipe, opened), hash_inputs)
+        report = describe(recipe, opened, groups, merged_config(recipe, opened), hash_inputs and ranks.first)
         jobs = [job_of(group) for group in groups]
         threads, chunk_size = fit(jobs, threads or available_threads(), chunk_size, limit)
         report.estimate = estimate(jobs, opened, threads, chunk_size)
