@@ -31,6 +31,7 @@ _MODULE_OF = {
     "Recipe": "hf_vlmerge.merging",
     "merge": "hf_vlmerge.merging",
     "distance": "hf_vlmerge.merging",
+    "publish": "hf_vlmerge.hub.publish",
 }
 
 __all__ = [*_MODULE_OF, "__version__"]

@@ -62,4 +62,6 @@ class UnivalImageCodesConfig(PreTrainedConfig):
         return 2 ** (len(self.channel_multipliers) - 1)
 
 
+UnivalImageCodesConfig.register_for_auto_class()
+
 __all__ = ["UnivalImageCodesConfig"]

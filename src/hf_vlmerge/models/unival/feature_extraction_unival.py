@@ -77,4 +77,6 @@ class UnivalFeatureExtractor(SequenceFeatureExtractor):
         return torch.nn.functional.pad(wave, (0, self.num_samples - wave.numel()), value=self.padding_value)
 
 
+UnivalFeatureExtractor.register_for_auto_class()
+
 __all__ = ["UnivalFeatureExtractor"]

@@ -286,4 +286,6 @@ class UnivalImageCodes(PreTrainedModel):
         return outputs if return_dict is not False else outputs.to_tuple()
 
 
+UnivalImageCodes.register_for_auto_class()
+
 __all__ = ["UnivalImageCodes"]

@@ -50,4 +50,6 @@ class UnivalImageProcessor(PilBackend):
         return load_image(image_url_or_urls)
 
 
+UnivalImageProcessor.register_for_auto_class()
+
 __all__ = ["UnivalImageProcessor"]

@@ -1024,4 +1024,6 @@ class UnivalForConditionalGeneration(UnivalPreTrainedModel, UnivalGenerationMixi
         return input_ids, expanded | {"encoder_outputs": encoder_outputs}
 
 
+UnivalPreTrainedModel.register_for_auto_class()  # so for every class of this file; see `AUTO_MAP`
+
 __all__ = ["UnivalForConditionalGeneration", "UnivalModel", "UnivalPreTrainedModel"]

@@ -496,4 +496,6 @@ def _tensors(data: dict[str, Tensor], return_tensors: str | None) -> BatchFeatur
     return BatchFeature(data)
 
 
+UnivalProcessor.register_for_auto_class()
+
 __all__ = ["UnivalProcessor"]

@@ -33,4 +33,6 @@ class VlmoImageProcessor(PilBackend):
     do_convert_rgb = True
 
 
+VlmoImageProcessor.register_for_auto_class()
+
 __all__ = ["VlmoImageProcessor"]

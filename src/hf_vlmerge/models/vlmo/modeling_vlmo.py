@@ -778,6 +778,8 @@ class VlmoForImagesAndTextClassification(VlmoPreTrainedModel):
         return output
 
 
+VlmoPreTrainedModel.register_for_auto_class()  # so for every class of this file; see `AUTO_MAP`
+
 __all__ = [
     "VlmoForImageAndTextRetrieval",
     "VlmoForImagesAndTextClassification",

@@ -69,4 +69,6 @@ class VlmoProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values"]
 
 
+VlmoProcessor.register_for_auto_class()
+
 __all__ = ["VlmoProcessor"]
