@@ -48,100 +48,152 @@ def merge(members, base, kept, below, upto, divisors, factors, weights, scale, o
     members: flat arrays of bits; base: the same, or empty. kept (members, n) uint8: what was chosen at random, or
     empty. below, upto: an entry stays where its magnitude is above the first, not above the second. divisors, factors:
     what is left is divided and multiplied by. weights: see `_compiled.Compiled.weights`. All numbers are float32.
+    Says whether one that was read or made is not finite.
     """
-    n, count = out.size, len(members)
-    bits = np.empty((count + 2, WIDTH), np.uint32)
-    numbers = bits.view(np.float32)
-    sums, signs, shares = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32)
     elected, before, after, divide_by, counted, zero = weights
+    count = len(members)
+    bits = np.empty((count + 3, WIDTH), np.uint32)
+    numbers = bits.view(np.float32)
+    ground, signs = numbers[count], numbers[count + 1]
+    result = numbers[count + 2]
     bad = False
-    for start in range(0, n, WIDTH):
-        size = min(WIDTH, n - start)
-        ground = numbers[count]
+    for start in range(0, out.size, WIDTH):
+        here = slice(start, min(start + WIDTH, out.size))
+        size = here.stop - start
         if base.size:
-            bad |= widen(base[start : start + size], shift, bits[count])
+            bad |= widen(base[here], shift, bits[count])
         for m in range(count):
-            tau = numbers[m]
-            bad |= widen(members[m][start : start + size], shift, bits[m])
+            tau = numbers[m][:size]
+            bad |= widen(members[m][here], shift, bits[m])
             if base.size:
-                for i in range(size):
-                    tau[i] -= ground[i]
+                subtract(tau, ground)
             if below[m] != NEVER or upto[m] != np.inf:
-                low, high = below[m], upto[m]
-                for i in range(size):
-                    magnitude = abs(tau[i])
-                    tau[i] = tau[i] if (magnitude > low) & (magnitude <= high) else np.float32(0)
+                trim(tau, below[m], upto[m])
             if kept.size:
-                for i in range(size):
-                    tau[i] *= np.float32(kept[m, start + i])
+                choose(tau, kept[m][here])
             if divisors[m] != 1:
-                for i in range(size):
-                    tau[i] /= divisors[m]
+                divide(tau, divisors[m])
             if factors[m] != 1:
-                for i in range(size):
-                    tau[i] *= factors[m]
-        if before.size:
-            for m in range(count):
-                for i in range(size):
-                    numbers[m, i] *= before[m]
+                multiply(tau, factors[m])
+            if before.size:
+                multiply(tau, before[m])
         if elected:
-            elect(numbers, count, zero, signs, size)
-        add_up(numbers, count, after, sums, size)
+            elect(numbers, count, zero, signs[:size])
+        start_sum(result[:size], numbers[0], after[0])
+        for m in range(1, count):
+            add(result[:size], numbers[m], after[m])
         if elected:
-            for i in range(size):
-                sums[i] *= signs[i]
+            give_signs(result[:size], signs)
         if divide_by.size:
-            share_out(numbers, count, divide_by, counted, sums, shares, size)
-        result = numbers[count + 1]
-        for i in range(size):
-            result[i] = sums[i] * scale
+            share_out(numbers, count, divide_by, counted, result[:size], signs)
+        if scale != 1:
+            multiply(result[:size], scale)
         if base.size:
-            for i in range(size):
-                result[i] += ground[i]
-        bad |= narrow(bits[count + 1], out_shift, out[start : start + size])
+            add(result[:size], ground, np.float32(1))
+        bad |= narrow(bits[count + 2][:size], out_shift, out[here])
     return bad
 
 
-@compiled
-def add_up(numbers, count, weights, sums, size):
-    """The weighted sum of members, in their order."""
-    for i in range(size):
-        sums[i] = numbers[0, i] * weights[0]
-    for m in range(1, count):
-        for i in range(size):
-            sums[i] += numbers[m, i] * weights[m]
+# Each goes over as many entries as its first array has: one loop, no second index, or it is not made of vector
+# instructions.
 
 
 @compiled
-def elect(numbers, count, zero, signs, size):
+def subtract(a, b):
+    for i in range(a.size):
+        a[i] -= b[i]
+
+
+@compiled
+def trim(a, below, upto):
+    for i in range(a.size):
+        magnitude = abs(a[i])
+        a[i] = a[i] if (magnitude > below) & (magnitude <= upto) else np.float32(0)
+
+
+@compiled
+def choose(a, kept):
+    for i in range(a.size):
+        a[i] *= np.float32(kept[i])
+
+
+@compiled
+def divide(a, by):
+    for i in range(a.size):
+        a[i] /= by
+
+
+@compiled
+def multiply(a, by):
+    for i in range(a.size):
+        a[i] *= by
+
+
+@compiled
+def start_sum(a, b, weight):
+    for i in range(a.size):
+        a[i] = b[i] * weight
+
+
+@compiled
+def add(a, b, weight):
+    for i in range(a.size):
+        a[i] += b[i] * weight
+
+
+@compiled
+def give_signs(a, signs):
+    for i in range(a.size):
+        a[i] *= signs[i]
+
+
+@compiled
+def elect(numbers, count, zero, signs):
     """Elected signs; of every member what has another sign becomes zero, the rest its magnitude."""
-    for i in range(size):
-        signs[i] = numbers[0, i]
+    start_sum(signs, numbers[0], np.float32(1))
     for m in range(1, count):
-        for i in range(size):
-            signs[i] += numbers[m, i]
-    for i in range(size):
+        add(signs, numbers[m], np.float32(1))
+    for i in range(signs.size):
         signs[i] = np.float32(1) if signs[i] > 0 else np.float32(-1) if signs[i] < 0 else zero
     for m in range(count):
-        for i in range(size):
-            agreeing = numbers[m, i] * signs[i]
-            numbers[m, i] = agreeing if agreeing >= 0 else np.float32(0)
+        agree(numbers[m][: signs.size], signs)
 
 
 @compiled
-def share_out(numbers, count, divide_by, counted, sums, shares, size):
+def agree(a, signs):
+    for i in range(a.size):
+        agreeing = a[i] * signs[i]
+        a[i] = agreeing if agreeing >= 0 else np.float32(0)
+
+
+@compiled
+def share_out(numbers, count, divide_by, counted, sums, shares):
     """Divide sums by what agrees: the number of members (``counted``), or the sum of their shares."""
-    for i in range(size):
-        shares[i] = divide_by[0] if numbers[0, i] > 0 else np.float32(0)
-    for m in range(1, count):
-        for i in range(size):
-            shares[i] += divide_by[m] if numbers[m, i] > 0 else np.float32(0)
+    shares[:] = 0
+    for m in range(count):
+        add_share(shares[: sums.size], numbers[m], divide_by[m])
     if counted:
-        for i in range(size):
-            sums[i] /= max(shares[i], np.float32(1))
+        divide_by_counts(sums, shares)
     else:
-        for i in range(size):
-            sums[i] /= shares[i] if shares[i] != 0 else np.float32(1)
+        divide_by_shares(sums, shares)
+
+
+@compiled
+def divide_by_counts(a, counts):
+    for i in range(a.size):
+        a[i] /= max(counts[i], np.float32(1))
+
+
+@compiled
+def divide_by_shares(a, shares):
+    for i in range(a.size):
+        a[i] /= shares[i] if shares[i] != 0 else np.float32(1)
+
+
+@compiled
+def add_share(shares, a, share):
+    for i in range(shares.size):
+        shares[i] += share if a[i] > 0 else np.float32(0)
 
 
 @compiled
@@ -151,7 +203,7 @@ def split(members, base, shift, limits, counts, found):
     many are the likely one, and how many others lie in it, into ``counts`` (members, brackets, 3); those others into
     ``found`` (members, brackets, n). Says whether a number is not finite."""
     bits = np.empty((2, WIDTH), np.uint32)
-    numbers, ground = bits.view(np.float32)
+    numbers = bits.view(np.float32)
     inside = np.empty(WIDTH, np.uint8)
     bad = False
     counts[:] = 0
@@ -162,38 +214,50 @@ def split(members, base, shift, limits, counts, found):
             bad |= widen(base[start : start + size], shift, bits[1])
         for m in range(len(members)):
             bad |= widen(members[m][start : start + size], shift, bits[0])
+            values = numbers[0][:size]
             if base.size:
-                for i in range(size):
-                    numbers[i] -= ground[i]
-            for i in range(size):
-                numbers[i] = abs(numbers[i])
+                subtract(values, numbers[1])
+            magnitudes(values)
             for k in range(limits.shape[1]):
                 low, high, likely = limits[m, k]
-                above, atleast, ties = np.int32(0), np.int32(0), np.int32(0)
-                for i in range(size):
-                    above += np.int32(numbers[i] > high)
-                    atleast += np.int32(numbers[i] >= low)
-                    ties += np.int32(numbers[i] == likely)
+                above, within, ties = count(values, low, high, likely)
                 own = counts[m, k]
                 own[0] += above
                 own[1] += ties
-                if atleast > above + ties:
-                    own[2] = gather(numbers, size, low, high, likely, inside, found[m, k], own[2])
+                if within > ties:
+                    own[2] = gather(values, low, high, likely, inside, found[m, k], own[2])
     return bad
 
 
 @compiled
-def gather(numbers, size, low, high, likely, inside, found, at):
+def magnitudes(a):
+    for i in range(a.size):
+        a[i] = abs(a[i])
+
+
+@compiled
+def count(a, low, high, likely):
+    """How many lie above ``high``, how many from ``low`` to it, and how many are the likely value."""
+    above, atleast, ties = np.int32(0), np.int32(0), np.int32(0)
+    for i in range(a.size):  # numba adds in 64 bits unless it is told at each step
+        above = np.int32(above + np.int32(a[i] > high))
+        atleast = np.int32(atleast + np.int32(a[i] >= low))
+        ties = np.int32(ties + np.int32(a[i] == likely))
+    return above, atleast - above, ties
+
+
+@compiled
+def gather(a, low, high, likely, inside, found, at):
     """Put what lies from ``low`` to ``high`` but for the likely value into ``found`` from ``at`` on; returns where the
     next goes. It is little, so flags (``inside``, a place for them) are looked at eight at a time."""
-    for i in range(size):
-        inside[i] = (numbers[i] >= low) & (numbers[i] <= high) & (numbers[i] != likely)
-    inside[size:] = 0
+    inside[:] = 0
+    for i in range(a.size):
+        inside[i] = (a[i] >= low) & (a[i] <= high) & (a[i] != likely)
     words = inside.view(np.uint64)
     for word in range(words.size):
         if words[word]:
             for i in range(8 * word, 8 * word + 8):
                 if inside[i]:
-                    found[at] = numbers[i]
+                    found[at] = a[i]
                     at += 1
     return at
