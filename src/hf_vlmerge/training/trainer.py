@@ -1,6 +1,7 @@
 """A Trainer that logs every loss of the model, and groups parameters as the papers do."""
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from transformers import Trainer
@@ -19,10 +20,21 @@ class VlmergeTrainer(Trainer):
     tokens reach the model too.
 
     Takes `VlmergeTrainingArguments`; pass the processor or tokenizer as `processing_class`.
+
+    Args:
+        eval_collator: for evaluation, where training draws something at random; else it is `data_collator` too.
+        score: called with the model after the loss of each evaluation; its numbers join the metrics.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(
+        self,
+        *args,
+        eval_collator: Callable | None = None,
+        score: Callable[[torch.nn.Module], dict[str, float]] | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
+        self.eval_collator, self.score = eval_collator or self.data_collator, score
         model = self.plain_model
         self._own_loss = has_loss_options(model) and self.compute_loss_func is None
         if self._own_loss:
@@ -56,6 +68,20 @@ class VlmergeTrainer(Trainer):
             self._loss_sums.clear()
             self._passes = 0
         super().log(logs, start_time)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.score is not None:
+            scores = self.score(self.model)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+        return output
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return decayed_parameters(model, self.args.decay_as_released)
