@@ -34,6 +34,8 @@ from hf_vlmerge.training.script_arguments import DataTrainingArguments, ModelArg
 
 NOT_SAID = ("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo")  # on the card
 
+STATE = ("done", "epoch", "done_of_epoch", "window", "log_history")  # of a loop
+
 
 @dataclass
 class LoopArguments(LossArguments):
@@ -65,7 +67,7 @@ class LoopArguments(LossArguments):
 
 
 class Loop:
-    """Model, optimiser, schedule and batches of one run, and how many steps of it are done."""
+    """Model, optimiser, schedule and batches of one run, and how far it is: all of it is in its checkpoints."""
 
     def __init__(self, tuning: FineTuning, arguments: LoopArguments, accelerator: Accelerator):
         self.tuning, self.arguments, self.accelerator = tuning, arguments, accelerator
@@ -83,12 +85,14 @@ class Loop:
         )
         self.model, self.optimizer, self.loader = accelerator.prepare(tuning.model, optimizer, loader)
         self.steps_of_epoch = None if stream else math.ceil(len(self.loader) / accumulated)
-        self.steps, self.done, self.log_history = self.all_steps(), 0, []
+        self.steps, self.done = self.all_steps(), 0
+        self.epoch, self.done_of_epoch = 0, 0
+        self.window, self.log_history = [], []  # losses since the last line, lines
         warmup = arguments.warmup_steps
         warmup = int(warmup) if warmup >= 1 else math.ceil(self.steps * warmup)
         # the schedule counts steps of all processes together, so it is not prepared
         self.schedule = get_scheduler(arguments.lr_scheduler_type, self.optimizer, warmup, self.steps)
-        accelerator.register_for_checkpointing(self.schedule)
+        accelerator.register_for_checkpointing(self.schedule, self)
 
     def all_steps(self) -> int:
         if self.arguments.max_steps > 0:
@@ -97,24 +101,25 @@ class Loop:
             raise ValueError("a stream has no length: expected max_steps; got none.")
         return math.ceil(self.arguments.num_train_epochs * self.steps_of_epoch)
 
-    def resume(self, folder: str) -> None:
-        self.accelerator.load_state(folder)
-        self.done = int(Path(folder).name.rpartition("-")[2])
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in STATE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
     def groups(self) -> Iterator[list[dict]]:
         """Batches of each step, epoch after epoch, from the first one that is not done."""
         size = self.arguments.gradient_accumulation_steps
-        epoch, skipped = divmod(self.done, self.steps_of_epoch or self.steps)
         while True:
-            loader = skip_first_batches(self.loader, skipped * size) if skipped else self.loader
-            loader.set_epoch(epoch)
-            batches, found = iter(loader), 0
+            loader = skip_first_batches(self.loader, self.done_of_epoch * size) if self.done_of_epoch else self.loader
+            loader.set_epoch(self.epoch)
+            batches = iter(loader)
             while group := list(islice(batches, size)):
-                found += 1
+                self.done_of_epoch += 1
                 yield group
-            if not found and not skipped:
+            if not self.done_of_epoch:
                 raise ValueError("the training split has no examples.")
-            epoch, skipped = epoch + 1, 0
+            self.epoch, self.done_of_epoch = self.epoch + 1, 0
 
     def run(self) -> None:
         arguments, accelerator = self.arguments, self.accelerator
@@ -125,17 +130,16 @@ class Loop:
             unit="step",
             disable=not accelerator.is_main_process,
         )
-        window = []
         for group in islice(self.groups(), self.steps - self.done):
             rate = self.schedule.get_last_lr()[0]
-            window.append(self.step(group))
+            self.window.append(self.step(group))
             self.done += 1
             bar.update()
             if self.done % arguments.logging_steps == 0 or self.done == self.steps:
-                loss = torch.stack(window).mean().item()
+                loss = torch.stack(self.window).mean().item()
                 self.log_history.append({"step": self.done, "loss": loss, "learning_rate": rate})
                 bar.set_postfix(loss=f"{loss:.3f}")
-                window.clear()
+                self.window.clear()
             if arguments.save_steps and self.done % arguments.save_steps == 0:
                 accelerator.save_state(str(Path(arguments.output_dir, f"checkpoint-{self.done}")))
         bar.close()
@@ -249,7 +253,7 @@ def main() -> None:
     tuning = FineTuning.load(model_arguments, data, arguments.seed)
     loop = Loop(tuning, arguments, accelerator)
     if checkpoint:
-        loop.resume(checkpoint)
+        accelerator.load_state(checkpoint)
     loop.run()
     scores = {} if tuning.validation is None else loop.evaluate()
     folder = Path(arguments.output_dir)

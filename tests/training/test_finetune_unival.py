@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from hf_vlmerge.auto import add_remote_code
 from hf_vlmerge.models.unival.modeling_unival import UnivalForConditionalGeneration
 from hf_vlmerge.training.arguments import VlmergeTrainingArguments
 from hf_vlmerge.training.script_arguments import DataTrainingArguments, ModelArguments, flags, parse_arguments
+from tests import hub_server
 from tests.models.unival.tiny import tiny_config
 from tests.models.unival.tiny_processor import tiny_processor
 
@@ -198,6 +200,7 @@ def test_a_run_that_goes_on_ends_with_the_same_weights(run, settings, tmp_path, 
     for folder in ("on", "two"):
         one, two = weights(tmp_path / "out"), weights(tmp_path / folder)
         assert all(torch.equal(one[name], two[name]) for name in one)
+        assert losses(tmp_path / folder) == losses(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -327,3 +330,20 @@ def test_two_processes_are_one_with_twice_the_batch(run, settings, tmp_path, scr
     assert losses(str(tmp_path / "two")) == pytest.approx(expected, abs=1e-5)
     found = json.loads((tmp_path / "two" / "eval_results.json").read_text())
     assert found["eval_exact_match"] == scores["eval_exact_match"]
+
+
+@pytest.mark.skipif(not hasattr(hub_server, "TOKEN"), reason="the Hub of the tests takes no uploads")
+@pytest.mark.parametrize("script", ["finetune_unival", "finetune_unival_no_trainer"])
+def test_what_is_written_is_pushed(settings, tmp_path, script):
+    settings |= {"max_steps": 1, "push_to_hub": True, "hub_model_id": "org/tuned", "validation_split": "validation"}
+    with hub_server.HubServer() as hub:
+        command = [sys.executable, str(SCRIPTS / f"{script}.py"), *flags(for_script(script, settings))]
+        environment = os.environ | hub.environment(tmp_path / "home", hub_server.TOKEN)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = hub.files("org/tuned")
+    assert {"README.md", "config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= files.keys()
+    assert files["model.safetensors"] == Path(settings["output_dir"], "model.safetensors").read_bytes()
+    assert not any(name.startswith("checkpoint") for name in files)
+    card = files["README.md"].decode()
+    assert "unival" in card and str(tmp_path) not in card
