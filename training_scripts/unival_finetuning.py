@@ -30,6 +30,8 @@ from hf_vlmerge.training.freezing import freeze_batch_norm, freeze_embeddings
 from hf_vlmerge.training.objectives import has_loss_options
 from hf_vlmerge.training.script_arguments import DataTrainingArguments, ModelArguments
 
+FOR_BEAMS = ("early_stopping", "length_penalty")  # options that mean nothing without beams
+
 
 @dataclass
 class FineTuning:
@@ -87,17 +89,22 @@ class FineTuning:
 
     def generate(self, model: torch.nn.Module, inputs: dict, sizes: list) -> list:
         """What the model says about each row: a text, or a box in pixels of its image."""
-        task, limits = self.data.prompt, self.processor.tokenizer.model_max_length
+        start = inputs["decoder_input_ids"].shape[1] if "decoder_input_ids" in inputs else 1
+        sequences = model.generate(**inputs, **self.generation_options(start))[:, start:]
+        if metric_of(self.data.prompt) == "grounding_accuracy":
+            return self.processor.post_process_grounding(sequences, sizes).tolist()
+        return [text.strip() for text in self.processor.batch_decode(sequences, skip_special_tokens=True)]
+
+    def generation_options(self, start: int) -> dict[str, Any]:
+        """Those that the task was evaluated with, unless others are asked for; `start` tokens are there already."""
+        task, positions = self.data.prompt, self.processor.tokenizer.model_max_length
         options = self.processor.generation_settings(task) if task in GENERATION_SETTINGS else {"max_new_tokens": 64}
         if self.data.generation_num_beams:
             options["num_beams"] = self.data.generation_num_beams
-        start = inputs["decoder_input_ids"].shape[1] if "decoder_input_ids" in inputs else 1
+        if options.get("num_beams", 1) == 1:
+            options = {name: value for name, value in options.items() if name not in FOR_BEAMS}
         wanted = self.data.max_target_length or options["max_new_tokens"]
-        options["max_new_tokens"] = max(1, min(wanted, limits + 1 - start))
-        sequences = model.generate(**inputs, **options)[:, start:]
-        if metric_of(task) == "grounding_accuracy":
-            return self.processor.post_process_grounding(sequences, sizes).tolist()
-        return [text.strip() for text in self.processor.batch_decode(sequences, skip_special_tokens=True)]
+        return options | {"max_new_tokens": max(1, min(wanted, positions + 1 - start))}
 
     def card_facts(self, model_name: str) -> dict[str, Any]:
         """Arguments of `Trainer.create_model_card`. Folders are named by their last part: no path gets on a page."""

@@ -261,6 +261,7 @@ def test_what_does_not_exist_is_named(run, settings, changes, sentence):
         (["--image_colum", "x"], "there is no argument '--image_colum' (did you mean 'image_column'?)."),
         (["--predict_with_generate", "true"], "expected validation_split; got none."),
         (["--streaming", "true", "--validation_split", "a"], "expected max_eval_samples to say how many; got none."),
+        (["other.yaml"], "there is no argument 'other.yaml'"),
         (["--seed", "one"], "argument --seed: invalid int value: 'one'"),
     ],
 )
@@ -269,6 +270,17 @@ def test_wrong_arguments_end_with_one_sentence(capsys, arguments, sentence):
     with pytest.raises(SystemExit) as ended:
         parse_arguments(ModelArguments, DataTrainingArguments, VlmergeTrainingArguments, arguments=needed + arguments)
     assert ended.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_flags_change_what_a_file_says(tmp_path, capsys):
+    file = tmp_path / "settings.yml"
+    needed = {"model_name_or_path": "a", "dataset_name": "b", "prompt": "c d", "target_column": "e"}
+    file.write_text(yaml.safe_dump(needed | {"text_column": ["f", "g"], "streaming": True, "max_eval_samples": None}))
+    model, data = parse_arguments(ModelArguments, DataTrainingArguments, arguments=[str(file), "--prompt", "h"])
+    assert (model.model_name_or_path, data.prompt, data.text_column, data.streaming) == ("a", "h", ["f", "g"], True)
+    with pytest.raises(SystemExit):
+        parse_arguments(ModelArguments, arguments=[str(tmp_path / "none.json")])
+    assert "there is no file" in capsys.readouterr().err
 
 
 def test_another_model_is_refused(run, settings, tmp_path):

@@ -29,7 +29,7 @@ class TwoLosses(nn.Module):
 ROWS = [{"x": torch.tensor(float(i))} for i in range(16)]
 
 
-def trainer(folder, model=None, **kwargs):
+def trainer(folder, model=None, *, parts=None, **kwargs):
     settings = {
         "per_device_train_batch_size": 2,
         "max_steps": 4,
@@ -42,7 +42,8 @@ def trainer(folder, model=None, **kwargs):
     }
     arguments = VlmergeTrainingArguments(output_dir=str(folder), **{**settings, **kwargs})
     far_off = [{"x": torch.tensor(1e6)}] * 2
-    return VlmergeTrainer(model=model or TwoLosses(), args=arguments, train_dataset=ROWS, eval_dataset=far_off)
+    data = {"train_dataset": ROWS, "eval_dataset": far_off} | (parts or {})
+    return VlmergeTrainer(model=model or TwoLosses(), args=arguments, **data)
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -107,3 +108,15 @@ def test_resuming_gives_the_same_weights(tmp_path):
     run = trainer(tmp_path / "resumed", resumed)
     run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_evaluation_may_have_its_own_collator_and_scores(tmp_path):
+    def ones(rows):
+        return {"x": torch.ones(len(rows))}
+
+    parts = {"eval_collator": ones, "score": lambda model: {"weight": model.weight.item()}}
+    run = trainer(tmp_path, parts=parts)
+    scores = run.evaluate(metric_key_prefix="test")
+    assert scores["test_loss"] == pytest.approx(1 + 3) and scores["test_weight"] == 0.0
+    run.train()
+    assert run.state.log_history[0]["near_loss"] == pytest.approx(1.5)  # of its own rows

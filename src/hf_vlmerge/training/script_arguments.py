@@ -71,18 +71,19 @@ class DataTrainingArguments:
 
 def parse_arguments(*classes: type, arguments: Sequence[str] | None = None) -> tuple:
     """
-    An instance of each dataclass from flags, `--name value`, or from one .yaml, .yml or .json file with the same names.
+    An instance of each dataclass from flags, `--name value`, or from a .yaml, .yml or .json file with the same names,
+    after which flags may change some.
 
     A file is turned into flags, so that both give the same. What is wrong ends the program with one sentence, as
     `argparse` does it.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(classes, allow_abbrev=False, usage="%(prog)s SETTINGS.yaml | --name value ...")
+    parser = HfArgumentParser(classes, allow_abbrev=False, usage="%(prog)s [SETTINGS.yaml] [--name value ...]")
     known = [each.name for one in classes for each in fields(one) if each.init]
     if given and Path(given[0]).suffix in (".yaml", ".yml", ".json"):
-        if len(given) > 1:
-            parser.error(f"expected one file or flags, not both; got {given[0]} and {' '.join(given[1:])}.")
-        given = flags(yaml.safe_load(Path(given[0]).read_text(encoding="utf-8")))
+        if not Path(given[0]).is_file():
+            parser.error(f"there is no file {given[0]!r}.")
+        given = flags(yaml.safe_load(Path(given[0]).read_text(encoding="utf-8"))) + given[1:]
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(
             given, return_remaining_strings=True, look_for_args_file=False
