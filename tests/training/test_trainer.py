@@ -111,12 +111,14 @@ def test_resuming_gives_the_same_weights(tmp_path):
 
 
 def test_evaluation_may_have_its_own_collator_and_scores(tmp_path):
-    def ones(rows):
-        return {"x": torch.ones(len(rows))}
+    seen = []
 
-    parts = {"eval_collator": ones, "score": lambda model: {"weight": model.weight.item()}}
+    def collator(rows):
+        seen.extend(row["x"].item() for row in rows)
+        return {"x": torch.stack([row["x"] for row in rows])}
+
+    parts = {"eval_collator": collator, "score": lambda model: {"weight": model.weight.item()}}
     run = trainer(tmp_path, parts=parts)
-    scores = run.evaluate(metric_key_prefix="test")
-    assert scores["test_loss"] == pytest.approx(1 + 3) and scores["test_weight"] == 0.0
+    assert run.evaluate(metric_key_prefix="test")["test_weight"] == 0.0 and seen == [1e6, 1e6]
     run.train()
-    assert run.state.log_history[0]["near_loss"] == pytest.approx(1.5)  # of its own rows
+    assert len(seen) == 2 and run.state.log_history[-2]["near_loss"] == pytest.approx(5.5)
