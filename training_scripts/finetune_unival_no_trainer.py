@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, skip_first_batches
 from accelerate.utils import DistributedType, set_seed
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import get_scheduler
@@ -84,6 +85,7 @@ class Loop:
             fused=True,
         )
         self.model, self.optimizer, self.loader = accelerator.prepare(tuning.model, optimizer, loader)
+        register_fsdp_forward_method(self.model, "generate")  # nothing is done unless it is sharded
         self.steps_of_epoch = None if stream else math.ceil(len(self.loader) / accumulated)
         self.steps, self.done = self.all_steps(), 0
         self.epoch, self.done_of_epoch = 0, 0

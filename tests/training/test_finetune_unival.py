@@ -314,12 +314,14 @@ def test_the_settings_of_the_repository_are_understood_by_both(monkeypatch):
 
 
 @pytest.mark.multiproc
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["numbered", "streamed"])
 @pytest.mark.parametrize("script", ["finetune_unival", "finetune_unival_no_trainer"])
-def test_two_processes_are_one_with_twice_the_batch(run, settings, tmp_path, script):
+def test_two_processes_are_one_with_twice_the_batch(run, settings, tmp_path, script, streaming):
     """Started as users do, by `accelerate launch`; targets differ in length, and 5 rows are not even."""
     settings |= {
         "validation_split": "validation", "predict_with_generate": True, "generation_num_beams": 1, "use_cpu": True,
-        "freeze_batch_norm": True, "gradient_accumulation_steps": 2, "max_eval_samples": 5,
+        "freeze_batch_norm": True, "gradient_accumulation_steps": 2, "max_eval_samples": 5, "streaming": streaming,
+        "shuffle_buffer_size": 0,
     }  # fmt: skip
     expected = run(settings, script)
     scores = json.loads(Path(settings["output_dir"], "eval_results.json").read_text())

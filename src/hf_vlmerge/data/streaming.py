@@ -38,7 +38,7 @@ def first_rows(rows, count: int | None):
     """The first so many rows of a split or a stream; None means all of them."""
     if count is None:
         return rows
-    return rows.select(range(min(count, len(rows)))) if hasattr(rows, "select") else rows.take(count)
+    return rows.select(range(min(count, len(rows)))) if hasattr(rows, "__len__") else rows.take(count)
 
 
 def only_columns(rows, names: Iterable[str], source: str | Path):
