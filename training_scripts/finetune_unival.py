@@ -45,7 +45,7 @@ def main() -> None:
         trainer.log_metrics("eval", scores)
         trainer.save_metrics("eval", scores)
 
-    facts = tuning.card_facts(model_arguments.model_name_or_path)
+    facts = tuning.card_facts()
     if training.push_to_hub:
         trainer.push_to_hub(**facts)
     else:

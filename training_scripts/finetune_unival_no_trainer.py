@@ -185,7 +185,7 @@ class Loop:
             scores |= {f"eval_{name}": value for name, value in found.items()}
         return scores
 
-    def save(self, folder: Path, scores: dict[str, float], model_name: str) -> None:
+    def save(self, folder: Path, scores: dict[str, float]) -> None:
         """Model, processor, losses, scores and card, by the main process."""
         accelerator = self.accelerator
         weights = accelerator.get_state_dict(self.model)
@@ -194,13 +194,14 @@ class Loop:
             self.tuning.processor.save_pretrained(folder)
             (folder / "log_history.json").write_text(json.dumps(self.log_history, indent=2))
             (folder / "eval_results.json").write_text(json.dumps(scores, indent=2))
-            write_card(folder, self.tuning.card_facts(model_name), self.settings(), scores)
+            write_card(folder, self.tuning.card_facts(), self.settings(), scores)
         accelerator.wait_for_everyone()
 
     def settings(self) -> dict[str, Any]:
         """What the card says about the run."""
         said = (each.name for each in fields(self.arguments) if each.name not in NOT_SAID)
-        return {"num_devices": self.accelerator.num_processes} | {name: getattr(self.arguments, name) for name in said}
+        start = {"checkpoint": Path(self.tuning.checkpoint).name, "num_devices": self.accelerator.num_processes}
+        return start | {name: getattr(self.arguments, name) for name in said}
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
@@ -259,7 +260,7 @@ def main() -> None:
     loop.run()
     scores = {} if tuning.validation is None else loop.evaluate()
     folder = Path(arguments.output_dir)
-    loop.save(folder, scores, model_arguments.model_name_or_path)
+    loop.save(folder, scores)
     if accelerator.is_main_process:
         print(json.dumps(scores, indent=2))
         if arguments.push_to_hub:

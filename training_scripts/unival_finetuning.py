@@ -37,11 +37,13 @@ FOR_BEAMS = ("early_stopping", "length_penalty")  # options that mean nothing wi
 class FineTuning:
     """
     Args:
+        checkpoint: what `model` was loaded from.
         train: examples by number, or a stream of them.
         validation: examples by number, if any.
         collator, eval_collator: make batches of them.
     """
 
+    checkpoint: str
     model: torch.nn.Module
     processor: Any
     data: DataTrainingArguments
@@ -64,6 +66,7 @@ class FineTuning:
         prompt = {"task": data.prompt} if data.prompt in PROMPTS else {"template": data.prompt}
         lengths = {name: getattr(data, name) for name in ("prompt_type", "max_source_length", "max_target_length")}
         return cls(
+            model_arguments.model_name_or_path,
             model,
             processor,
             data,
@@ -106,12 +109,12 @@ class FineTuning:
         wanted = self.data.max_target_length or options["max_new_tokens"]
         return options | {"max_new_tokens": max(1, min(wanted, positions + 1 - start))}
 
-    def card_facts(self, model_name: str) -> dict[str, Any]:
+    def card_facts(self) -> dict[str, Any]:
         """Arguments of `Trainer.create_model_card`. Folders are named by their last part: no path gets on a page."""
         data, media = self.data, next(iter(self.eval_collator.columns.media), "image")
         facts = {"tags": ["unival", "hf_vlmerge"], "tasks": f"{media}-text-to-text"}
-        if not Path(model_name).is_dir():
-            facts["finetuned_from"] = model_name
+        if not Path(self.checkpoint).is_dir():
+            facts["finetuned_from"] = self.checkpoint
         local = Path(data.dataset_name).is_dir()
         facts["dataset"] = Path(data.dataset_name).resolve().name if local else data.dataset_name
         if not local:

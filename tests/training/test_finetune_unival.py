@@ -140,7 +140,8 @@ def test_it_learns_scores_and_saves(run, settings):
     said = model.generate(**processor(images=picture("red"), text="what colour?"), max_new_tokens=8)
     assert processor.batch_decode(said, skip_special_tokens=True)[0].strip()
     card = Path(folder, "README.md").read_text()
-    assert "unival" in card and str(Path(folder).parent) not in card
+    assert "was fine-tuned from the checkpoint `model0` on the data0 dataset" in card and "Exact Match" in card
+    assert str(Path(folder).parent) not in card
 
 
 def test_flags_yaml_and_json_give_the_same_run(run, settings, monkeypatch, tmp_path):

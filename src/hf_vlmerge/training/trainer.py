@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import Trainer
@@ -82,6 +83,17 @@ class VlmergeTrainer(Trainer):
             scores = self.score(self.model)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As the library's, which takes a model that does not come from the Hub for one trained from scratch."""
+        super().create_model_card(*args, **kwargs)
+        start = Path(self.plain_model.config._name_or_path or "")
+        if self.is_world_process_zero() and start.name and start.is_dir():
+            path = Path(self.args.output_dir, "README.md")
+            said = f"was fine-tuned from the checkpoint `{start.resolve().name}`"
+            path.write_text(
+                path.read_text(encoding="utf-8").replace("was trained from scratch", said), encoding="utf-8"
+            )
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return decayed_parameters(model, self.args.decay_as_released)
