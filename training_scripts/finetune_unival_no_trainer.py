@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class Loop:
         while True:
             loader = skip_first_batches(self.loader, self.done_of_epoch * size) if self.done_of_epoch else self.loader
             loader.set_epoch(self.epoch)
-            batches = iter(loader)
+            batches = begun_again(loader) if self.done_of_epoch else iter(loader)
             while group := list(islice(batches, size)):
                 self.done_of_epoch += 1
                 yield group
@@ -204,6 +204,14 @@ class Loop:
         return start | {name: getattr(self.arguments, name) for name in said}
 
 
+def begun_again(loader: DataLoader) -> Iterator[dict]:
+    """Batches of a loader that has drawn its seed for this epoch already, before the run was interrupted."""
+    batches, state = iter(loader), torch.get_rng_state()
+    first = list(islice(batches, 1))
+    torch.set_rng_state(state)
+    return chain(first, batches)
+
+
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """What is decayed and what is not, of the parameters that are trained."""
     decayed = set(decayed_parameters(model))
@@ -215,6 +223,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def write_card(folder: Path, facts: dict, settings: dict, scores: dict[str, float]) -> None:
+    """In the sections of the Hub's own template; what nobody told the script stays open there."""
     data = ModelCardData(
         base_model=facts.get("finetuned_from"),
         datasets=facts.get("dataset_tags"),
@@ -226,6 +235,8 @@ def write_card(folder: Path, facts: dict, settings: dict, scores: dict[str, floa
         data,
         model_id=folder.resolve().name,
         model_summary=f"UnIVAL, fine-tuned on {facts['dataset']}.",
+        model_type="UnIVAL",
+        base_model=settings["checkpoint"],
         training_data=facts["dataset"],
         training_regime="\n".join(f"{name}: {value}  " for name, value in settings.items()),
         results="\n".join(f"* {name}: {value:.4f}" for name, value in scores.items()),
