@@ -5,11 +5,13 @@ VENV := .venv
 READY := $(VENV)/.ready
 PEER := .venv-peer
 PEER_READY := $(PEER)/.ready
+OLDEST := .venv-oldest
+OLDEST_READY := $(OLDEST)/.ready
 FUSION := .venv-fusion
 FUSION_READY := $(FUSION)/.ready
 CORES := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: setup demo demo-quick demo-seeds test test-slow peer peer-goldens lint
+.PHONY: setup demo demo-quick demo-seeds test test-slow test-oldest peer peer-goldens lint
 
 setup: $(READY)
 
@@ -36,6 +38,15 @@ test: $(READY)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m "" --timeout 3600
+
+# The oldest versions that pyproject.toml allows of the two packages whose interfaces change most.
+test-oldest: $(OLDEST_READY)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q
+
+$(OLDEST_READY): pyproject.toml constraints.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints.txt -e ".[dev]" "transformers==5.17.0" "huggingface_hub==1.31.*"
+	touch $@
 
 # The tools that benchmarks and recorded results compare with have environments of their own.
 peer: $(PEER_READY) $(FUSION_READY)

@@ -119,6 +119,17 @@ print(type(model).__module__.split(".")[0])
     assert (remote[2], local[2]) == ("transformers_modules", "hf_vlmerge")
 
 
+def test_the_table_of_classes_is_that_of_the_models():
+    from importlib import import_module
+
+    from hf_vlmerge.auto import FAMILIES
+
+    for name, family in FAMILIES.items():
+        travelling = import_module(f"hf_vlmerge.models.{name}.configuration_{name}").AUTO_MAP
+        models = {auto: f"modeling_{name}.{model}" for auto, model in family.models.items()}
+        assert travelling == {"AutoConfig": f"configuration_{name}.{family.config}", **models}
+
+
 def test_remote_code_is_for_our_models_only(tmp_path):
     from hf_vlmerge.auto import add_remote_code
 

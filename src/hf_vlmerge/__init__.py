@@ -24,13 +24,14 @@ _MODULE_OF = {
     "UnivalModel": "hf_vlmerge.models.unival.modeling_unival",
     "UnivalForConditionalGeneration": "hf_vlmerge.models.unival.modeling_unival",
     "UnivalImageCodes": "hf_vlmerge.models.unival.image_codes_unival",
-    "UnivalImageCodesConfig": "hf_vlmerge.models.unival.image_codes_unival",
+    "UnivalImageCodesConfig": "hf_vlmerge.models.unival.configuration_image_codes_unival",
     "UnivalImageProcessor": "hf_vlmerge.models.unival.image_processing_unival",
     "UnivalFeatureExtractor": "hf_vlmerge.models.unival.feature_extraction_unival",
     "UnivalProcessor": "hf_vlmerge.models.unival.processing_unival",
     "Recipe": "hf_vlmerge.merging",
     "merge": "hf_vlmerge.merging",
     "distance": "hf_vlmerge.merging",
+    "publish": "hf_vlmerge.hub.publish",
 }
 
 __all__ = [*_MODULE_OF, "__version__"]

@@ -12,8 +12,8 @@ each has run:
 
 A module that has already run is acted upon at once.
 
-Where this package is not installed, `trust_remote_code=True` is the other road: `add_remote_code` puts a model's source
-files and the same table of classes into a checkpoint's folder.
+Where this package is not installed, `trust_remote_code=True` is the other road: our classes save their source files and
+`auto_map` with everything else, and `add_remote_code` puts both into a folder that no class of ours wrote.
 """
 
 import functools
@@ -30,7 +30,7 @@ class Family(NamedTuple):
     """Class names of one model family; they live in `hf_vlmerge/models/<model_type>/<kind>_<model_type>.py`."""
 
     config: str
-    models: dict[str, str]  # Auto class -> our class
+    models: dict[str, str]  # Auto class -> our class; as in `AUTO_MAP`, which travels with the model
     image_processor: str
     processor: str
     feature_extractor: str = ""

@@ -55,7 +55,7 @@ print("INSIDE", time.perf_counter() - start)
 """
 OUR_CODE = """
 import gc, sys, time
-import filelock, jinja2  # the peer has loaded all it needs, too
+import filelock, jinja2, numba  # the peer has loaded all it needs, too
 from hf_vlmerge.hub.card import write_merge_card
 from hf_vlmerge.merging import merge
 gc.set_threshold(50_000, 20, 100)  # as the command does

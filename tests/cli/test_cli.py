@@ -16,6 +16,7 @@ from hf_vlmerge.cli import main
 from hf_vlmerge.cli.demo import ARMS
 
 COMMANDS = [["demo"], ["merge"], ["distance"], ["statistics"], ["methods"], ["convert", "vlmo"], ["convert", "beit"]]
+COMMANDS += [["publish"], ["card"]]
 COMMANDS += [["convert", name] for name in ("seed", "unival", "unival-init", "image-codes")]
 WORDS = [
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "green", "blue", "small", "large", "circle", "square",
@@ -270,7 +271,8 @@ def test_weights_without_a_config_are_merged(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
     assert main(["merge", str(tmp_path / "r.yaml"), str(tmp_path / "out")]) == 0
     assert open_source(tmp_path / "out")["w"].tolist() == [2.0, 2.0]
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.safetensors", "README.md", "recipe.yaml"}
+    written = {"model.safetensors", "README.md", "recipe.yaml", "provenance.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == written
 
 
 def test_an_error_cannot_steer_the_terminal(tmp_path, capsys):

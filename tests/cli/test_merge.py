@@ -1,5 +1,6 @@
 """`hf-vlmerge merge`: limits, the plan, and going on after an interruption, from the command line."""
 
+import hashlib
 import json
 
 import pytest
@@ -38,6 +39,13 @@ def test_too_little_memory_is_one_sentence(recipe, tmp_path, capsys):
 def test_shards_of_a_wanted_size(recipe, tmp_path):
     assert run(["merge", str(recipe), str(tmp_path / "out"), "--max-shard-size", "1KB", "--no-fsync"]) == 0
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 2
+
+
+def test_hashes_of_all_files_go_into_the_card(recipe, tmp_path):
+    assert run(["merge", str(recipe), str(tmp_path / "out"), "--hash", "--no-fsync"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    for name in ("a", "b", "out"):
+        assert hashlib.sha256((tmp_path / name / "model.safetensors").read_bytes()).hexdigest() in card
 
 
 def test_the_command_tells_what_an_earlier_run_finished(recipe, tmp_path, capsys):

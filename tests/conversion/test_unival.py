@@ -12,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
 from hf_vlmerge import UnivalConfig, UnivalForConditionalGeneration, UnivalModel
 from hf_vlmerge.cli import main
-from hf_vlmerge.conversion.unival import convert_to_hf, convert_to_original, plan_conversion
+from hf_vlmerge.conversion.convert_unival_to_hf import convert_to_hf, convert_to_original, plan_conversion
 from hf_vlmerge.conversion.unival_buffers import MEL_MATRIX, recomputed_tensors
 from hf_vlmerge.conversion.unival_keys import DROPPED, PREFIX, RECOMPUTED, TIED, original_key, our_key
 from hf_vlmerge.models.unival.encoders_unival import mel_matrix

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_vlmerge import VlmoConfig, VlmoForPreTraining
-from hf_vlmerge.conversion.vlmo import convert_to_hf, convert_to_original, plan_conversion
+from hf_vlmerge.conversion.convert_vlmo_to_hf import convert_to_hf, convert_to_original, plan_conversion
 from hf_vlmerge.conversion.vlmo_keys import (
     CLASSES,
     HEADS,
@@ -241,7 +241,7 @@ def test_the_way_back_makes_its_folder(tiny_folder, tmp_path):
 
 FULL_DISK = """
     import resource, sys
-    from hf_vlmerge.conversion.vlmo import convert_to_original
+    from hf_vlmerge.conversion.convert_vlmo_to_hf import convert_to_original
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # as if the disk ended there
     try:
         convert_to_original(sys.argv[1], sys.argv[2], overwrite=True)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from hf_vlmerge import VlmoConfig, VlmoForPreTraining
 from hf_vlmerge.cli import main
-from hf_vlmerge.conversion.vlmo import convert_to_hf, convert_to_original, plan_conversion
+from hf_vlmerge.conversion.convert_vlmo_to_hf import convert_to_hf, convert_to_original, plan_conversion
 
 VARIANTS = {
     "modality_specific": ["attention", "ffn", "layer_norm"],

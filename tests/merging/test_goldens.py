@@ -8,7 +8,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from hf_vlmerge import VlmoForPreTraining
-from hf_vlmerge.conversion.vlmo import convert_to_hf, convert_to_original
+from hf_vlmerge.conversion.convert_vlmo_to_hf import convert_to_hf, convert_to_original
 from hf_vlmerge.merging import collect_grams, merge, open_source
 
 # The original names experts v, l, vl and leaves the component out of the merged name.

@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from hf_vlmerge.merging import MergeError
+from hf_vlmerge.merging.report import published
 from hf_vlmerge.merging.tensors.hub import is_hub_id
+from hf_vlmerge.merging.tensors.sources import FileRecord
 from tests.hub_server import HubServer
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -114,6 +117,16 @@ def test_what_the_hub_does_not_give(hub, tmp_path):
 def test_a_hub_that_is_away(hub, tmp_path):
     (away,) = run(hub, tmp_path, OPEN, "org/left", HF_ENDPOINT="http://127.0.0.1:9")
     assert away.startswith("'org/left' is no folder here and could not be fetched from the Hub") and "\n" not in away
+
+
+def test_a_download_that_is_not_what_the_hub_has(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(weights(1.0))
+    record = FileRecord(path.name, path.stat().st_size, hashlib.sha256(weights(2.0)).hexdigest(), path=path)
+    assert published(record)["sha256"] == record.sha256  # as the Hub reports it
+    with pytest.raises(MergeError, match=r"model\.safetensors is not the file that the Hub has"):
+        published(record, hashed=True)
+    assert published(record._replace(sha256=None), hashed=True)["sha256"] == hashlib.sha256(weights(1.0)).hexdigest()
 
 
 def test_which_references_are_hub_ids():

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_vlmerge import VlmoConfig, VlmoForPreTraining
+from hf_vlmerge.conversion.convert_vlmo_to_hf import convert_to_hf
 from hf_vlmerge.conversion.specialise import specialise
-from hf_vlmerge.conversion.vlmo import convert_to_hf
 from hf_vlmerge.merging import MergeError, get_merge_method, list_merge_methods, merge, open_source
 
 VARIANTS = {

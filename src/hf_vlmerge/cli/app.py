@@ -14,6 +14,7 @@ from hf_vlmerge.cli.convert import app as convert
 from hf_vlmerge.cli.distance import distance
 from hf_vlmerge.cli.merge import merge
 from hf_vlmerge.cli.methods import methods
+from hf_vlmerge.cli.publish import card, publish
 from hf_vlmerge.cli.statistics import statistics
 from hf_vlmerge.cli.sweep import sweep
 
@@ -49,6 +50,8 @@ app.command()(merge)
 app.command()(distance)
 app.command()(sweep)
 app.command()(statistics)
+app.command()(publish)
+app.command()(card)
 app.command()(methods)
 app.add_typer(convert, name="convert")
 

@@ -50,7 +50,7 @@ def vlmo(
     Example: hf-vlmerge convert vlmo vlmo_base.ckpt vlmo-base --tokenizer bert-base-uncased
     """
     from hf_vlmerge.auto import add_remote_code
-    from hf_vlmerge.conversion import vlmo as conversion
+    from hf_vlmerge.conversion import convert_vlmo_to_hf as conversion
 
     if to_original:
         report = conversion.convert_to_original(source, out, naming=naming, overwrite=overwrite)
@@ -92,7 +92,7 @@ def unival(
     Example: hf-vlmerge convert unival unival_vqa.pt unival-vqa --ema --tokenizer facebook/bart-base
     """
     from hf_vlmerge.auto import add_remote_code
-    from hf_vlmerge.conversion import unival as conversion
+    from hf_vlmerge.conversion import convert_unival_to_hf as conversion
 
     if to_original:
         report = conversion.convert_to_original(source, out, overwrite=overwrite)

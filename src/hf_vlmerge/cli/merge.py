@@ -26,6 +26,9 @@ def merge(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     device: Annotated[str, typer.Option(help="Where chunks are merged: cpu or cuda.")] = "cpu",
+    hash_inputs: Annotated[
+        bool, typer.Option("--hash", help="Write the sha256 of every input and output file into the card.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ):
     """Merge what a recipe names, and write a folder that `from_pretrained` loads, with a model card.
@@ -47,7 +50,7 @@ def merge(
     from hf_vlmerge.merging import merge as run
 
     def finish(folder: Path, report: MergeReport) -> None:
-        write_merge_card(folder, report)
+        write_merge_card(folder, report, hashes=hash_inputs)
         add_remote_code(folder)
 
     loaded = Recipe.load(recipe)
@@ -67,6 +70,7 @@ def merge(
         max_shard_size=max_shard_size,
         device=device,
         distributed=True,
+        hash_inputs=hash_inputs,
         progress=sys.stderr.isatty(),
     )
     if int(os.environ.get("RANK", 0)):

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from hf_vlmerge.conversion.beit_keys import INSIDE_LAYERS, LAYER, OUTSIDE_LAYERS, POSITION_TABLE, PREFIX
+from hf_vlmerge.conversion.convert_vlmo_to_hf import make_processor, sizes
 from hf_vlmerge.conversion.report import ConversionReport
 from hf_vlmerge.conversion.specialise import experts_of_layer, has_experts
-from hf_vlmerge.conversion.vlmo import make_processor, sizes
 from hf_vlmerge.conversion.vlmo_keys import expand
 from hf_vlmerge.conversion.write import Finish, check_shapes, make_fresh, write_model
 from hf_vlmerge.merging.tensors import open_source

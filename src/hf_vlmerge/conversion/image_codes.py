@@ -1,5 +1,6 @@
 """The VQ-GAN of text-to-image, from a checkpoint of taming-transformers (`GumbelVQ`) to a folder of ours."""
 
+import inspect
 import json
 import re
 import shutil
@@ -7,13 +8,13 @@ from pathlib import Path
 
 import torch
 
+from hf_vlmerge.conversion.convert_unival_to_hf import as_float32
 from hf_vlmerge.conversion.image_codes_keys import DROPPED, our_key
 from hf_vlmerge.conversion.report import ConversionReport
-from hf_vlmerge.conversion.unival import as_float32
 from hf_vlmerge.conversion.unival_sizes import Shapes
 from hf_vlmerge.merging.tensors import open_source, save_checkpoint
-from hf_vlmerge.models.unival import image_codes_unival
-from hf_vlmerge.models.unival.image_codes_unival import UnivalImageCodes, UnivalImageCodesConfig
+from hf_vlmerge.models.unival.configuration_image_codes_unival import UnivalImageCodesConfig
+from hf_vlmerge.models.unival.image_codes_unival import UnivalImageCodes
 
 NEAREST = "quantize.embedding.weight"  # of a VQ-GAN that takes the nearest code
 
@@ -37,16 +38,21 @@ def convert_image_codes(source: str | Path, output: str | Path, *, overwrite: bo
         label = tensors.label
     check(config, converted)
     config.architectures, config.dtype = [UnivalImageCodes.__name__], torch.float32
-    file = Path(image_codes_unival.__file__)
     content = json.loads(config.to_json_string())
-    names = {"AutoConfig": UnivalImageCodesConfig, "AutoModel": UnivalImageCodes}
-    content["auto_map"] = {auto: f"{file.stem}.{kind.__name__}" for auto, kind in names.items()}
+    classes = {"AutoConfig": UnivalImageCodesConfig, "AutoModel": UnivalImageCodes}
+    files = {auto: Path(inspect.getfile(kind)) for auto, kind in classes.items()}
+    content["auto_map"] = {auto: f"{files[auto].stem}.{kind.__name__}" for auto, kind in classes.items()}
+
+    def add_code(folder: Path) -> None:
+        for file in files.values():
+            shutil.copyfile(file, folder / file.name)
+
     save_checkpoint(
         output,
         converted,
         config=content,
         overwrite=overwrite,
-        finish=lambda folder: shutil.copyfile(file, folder / file.name) and None,
+        finish=add_code,
     )
     fields = ("num_codes", "code_width", "base_channels", "channel_multipliers", "blocks_per_level", "attention_levels")
     return ConversionReport(

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from hf_vlmerge.conversion.report import ConversionReport
-from hf_vlmerge.conversion.unival import (
+from hf_vlmerge.conversion.convert_unival_to_hf import (
     ARCHITECTURE,
     as_float32,
     checked_settings,
@@ -16,6 +15,7 @@ from hf_vlmerge.conversion.unival import (
     make_processor,
     sizes,
 )
+from hf_vlmerge.conversion.report import ConversionReport
 from hf_vlmerge.conversion.unival_init_keys import original_name, reason_unused
 from hf_vlmerge.conversion.unival_keys import PREFIX, RECOMPUTED, TIED, our_key
 from hf_vlmerge.conversion.unival_sizes import infer_sizes

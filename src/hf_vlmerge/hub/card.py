@@ -1,23 +1,21 @@
-"""The model card of a merge: metadata for the Hub, and how to load, remake and judge the model.
+"""Model cards: metadata for the Hub, and how to load, remake and judge a model.
 
-It names local inputs by their last path component and Hub inputs by id and commit, so no path of the author's machine
-ends up on a public page.
+A card names local inputs by their last path component and Hub inputs by id and commit, so no path of the author's
+machine ends up on a public page. It says what was measured and recorded, and that nothing is known where nothing is.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_vlmerge.merging import MergeReport, get_merge_method
+from hf_vlmerge.merging import MergeReport
 
-TEMPLATE = Path(__file__).with_name("merge_card.md.jinja")
-OUR_MODEL_TYPES = ("vlmo",)
-PAPERS = {
-    "2304.14933": "Sung et al. 2023, *An Empirical Study of Multimodal Model Merging*",
-    "2203.05482": "Wortsman et al. 2022, *Model soups*",
-    "2212.04089": "Ilharco et al. 2022, *Editing Models with Task Arithmetic*",
-    "2212.09849": "Jin et al. 2022, *Dataless Knowledge Fusion by Merging Weights of Language Models* (RegMean)",
-}
+from . import merges, provenance
+from .facts import PAPERS_OF, PIPELINE_TAGS, architecture_of, config_facts, loading, reference, weight_facts
+
+TEMPLATES = Path(__file__).parent
+START = "start"  # role of a model that training began from
 
 
 def write_merge_card(
@@ -27,139 +25,144 @@ def write_merge_card(
     results: Mapping[str, Mapping[str, Any]] | None = None,
     distances: Mapping[str, float] | None = None,
     license: str | None = None,
+    hashes: bool = False,
 ) -> Path:
     """
-    Write README.md into the folder of a merge; fits `merge(..., finish=write_merge_card)`.
+    Write README.md and provenance.json into the folder of a merge; fits `merge(..., finish=write_merge_card)`.
 
     Args:
         results: `{row: {column: value}}`, printed as one table.
         distances: `{"ssd, vision-language": value}`.
         license: SPDX-like id for the metadata, where the parents' is known.
+        hashes: read the written weights once more, for their sha256; `publish` does it otherwise.
 
     Returns:
         The path of the card.
     """
-    path = Path(folder) / "README.md"
-    path.write_text(render(report, results=results, distances=distances, license=license), encoding="utf-8")
+    folder = Path(folder)
+    weights = provenance.weight_files(folder) if hashes else []
+    text = render(report, results=results, distances=distances, license=license, weights=weights)
+    (folder / provenance.NAME).write_text(provenance.text(report.sources), encoding="utf-8")
+    return write(folder, text)
+
+
+def write_model_card(
+    folder: Path | str,
+    *,
+    results: Mapping[str, Mapping[str, Any]] | None = None,
+    data: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    parents: Mapping[str, str] | None = None,
+    name: str | None = None,
+    summary: str = "",
+) -> Path:
+    """
+    Write README.md into a folder with a trained or converted model (config.json and safetensors).
+
+    Args:
+        results: `{row: {column: value}}`, printed as one table.
+        data: names of what the model was trained on, as the section about training lists them.
+        settings: `{name: value}` of the training.
+        license: SPDX-like id for the metadata.
+        datasets: those of the data that are data sets of the Hub, by id, for the metadata.
+        parents: `{Hub id: revision}` of the models that training began from; they become `base_model`.
+        name: title of the card and what its example loads; by default the folder's name.
+        summary: a sentence on what the model is for, after the title.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        MergeError (a ValueError): the folder holds no weights.
+        FileNotFoundError: it holds no config.json.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder.name} has no config.json, from which a card is written.")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = name or folder.resolve().name
+    inputs = parent_inputs(parents or {})
+    metadata = {
+        "base_model": list(parents or {}) or None,
+        "license": license,
+        "datasets": list(datasets) or None,
+        "tags": ["hf_vlmerge"],
+    }
+    text = fill(
+        "model_card.md.jinja",
+        config,
+        metadata,
+        name=name,
+        summary=summary,
+        details=config_facts(config) | weight_facts(folder),
+        data=data,
+        settings=table({key: {"value": value} for key, value in settings.items()}, "setting") if settings else "",
+        parents=[provenance.link(each) for each in inputs],
+        results=table(results) if results else "",
+        loading=loading(config, name),
+        files=provenance.section(provenance.weight_files(folder), inputs),
+        papers=[],
+    )
+    if inputs:
+        (folder / provenance.NAME).write_text(provenance.text(inputs), encoding="utf-8")
+    return write(folder, text)
+
+
+def render(
+    report: MergeReport, *, results=None, distances=None, license: str | None = None, weights: Sequence = ()
+) -> str:
+    """The card of a merge as text: YAML metadata, then Markdown."""
+    config = report.config or {}
+    name = merges.name_of(report)
+    size = {"Parameters": f"{report.parameters:,}"}
+    return fill(
+        "merge_card.md.jinja",
+        config,
+        merges.metadata(report) | {"license": license},
+        name=name,
+        details=size if report.recipe.adapters else config_facts(config) | size,
+        loading=merges.adapter_loading(name) if report.recipe.adapters else loading(config, name),
+        results=table(results) if results else "",
+        distances=table({pair: {"distance": value} for pair, value in distances.items()}) if distances else "",
+        files=provenance.section(weights, report.sources),
+        **merges.facts(report),
+    )
+
+
+def fill(
+    template: str, config: Mapping[str, Any], metadata: Mapping[str, Any], *, papers: Sequence[str], **facts
+) -> str:
+    """A template with its facts, after the block of metadata; the papers of the architecture follow the given ones."""
+    from huggingface_hub import ModelCardData
+    from jinja2 import Environment, FileSystemLoader
+
+    known = {"library_name": "transformers", "pipeline_tag": PIPELINE_TAGS.get(architecture_of(config))}
+    block = ModelCardData(**known | metadata).to_yaml()
+    papers = dict.fromkeys([*papers, *PAPERS_OF.get(config.get("model_type"), ())])
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
+    )
+    body = environment.get_template(template).render(papers=[reference(paper) for paper in papers], **facts)
+    return f"---\n{block}\n---\n\n{body}"
+
+
+def parent_inputs(parents: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Models that training began from, as inputs whose files are not known yet."""
+    return [{"role": START, "label": name, "revision": revision, "files": []} for name, revision in parents.items()]
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "README.md"
+    path.write_text(text, encoding="utf-8")
     return path
 
 
-def render(report: MergeReport, *, results=None, distances=None, license: str | None = None) -> str:
-    """The card as text: YAML metadata, then Markdown."""
-    from jinja2 import Environment
-
-    template = Environment(keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
-    )
-    members = [source["label"] for source in report.sources if is_member(source["role"])]
-    body = template.render(
-        name=name_of(report),
-        members=" and ".join([", ".join(members[:-1]), members[-1]] if len(members) > 1 else members),
-        counts=report.counts,
-        size=size_of(report),
-        loading=loading(report),
-        sources=[source | {"link": link(source)} for source in report.sources],
-        methods=method_rows(report),
-        recipe=report.recipe.to_yaml(),
-        notes=report.notes,
-        results=table(results) if results else "",
-        distances=table({pair: {"distance": value} for pair, value in distances.items()}) if distances else "",
-        papers=papers(report),
-    )
-    return f"---\n{metadata(report, license)}---\n\n{body}"
-
-
-def metadata(report: MergeReport, license: str | None) -> str:
-    """The YAML block that the Hub reads. Only inputs that are on the Hub can be linked as base models."""
-    from huggingface_hub import ModelCardData
-
-    parents = [name for s in report.sources if not is_statistics(s["role"]) for name in hub_names(s)]
-    data = ModelCardData(
-        base_model=list(dict.fromkeys(parents)) or None,
-        base_model_relation="merge" if parents else None,
-        library_name="peft" if report.recipe.adapters else "transformers",
-        license=license,
-        tags=["merge", "hf_vlmerge", *used_methods(report)],
-    )
-    return data.to_yaml() + "\n"
-
-
-def hub_names(source: Mapping[str, Any]) -> list[str]:
-    """The Hub ids behind a source: its own, or those of base and adapter, which stand in its label with revisions."""
-    if source["revision"]:
-        return [source["label"].partition("@")[0]]
-    return [part.partition("@")[0] for part in source["label"].split("+") if "@" in part]
-
-
-def loading(report: MergeReport) -> str:
-    """Lines that load the model, with the class that its config.json names."""
-    if report.recipe.adapters:
-        call = f'PeftModel.from_pretrained(base, "{name_of(report)}")'
-        return f"from peft import PeftModel\n\nmodel = {call}  # base: the model that the adapters were made for"
-    config = report.config or {}
-    architecture = (config.get("architectures") or ["AutoModel"])[0]
-    package = "hf_vlmerge" if config.get("model_type") in OUR_MODEL_TYPES else "transformers"
-    return f'from {package} import {architecture}\n\nmodel = {architecture}.from_pretrained("{name_of(report)}")'
-
-
-def name_of(report: MergeReport) -> str:
-    """Last component of the output's path."""
-    return report.output.name if report.output else "merged-model"
-
-
-def size_of(report: MergeReport) -> str:
-    """Parameters after and before."""
-    before = report.input_parameters
-    return f"It has {report.parameters:,} parameters" + (f"; its inputs have {before:,}." if before else ".")
-
-
-def is_statistics(role: str) -> bool:
-    return role.startswith("statistics")
-
-
-def is_member(role: str) -> bool:
-    return role != "base" and not is_statistics(role)
-
-
-def link(source: Mapping[str, Any]) -> str:
-    """A Hub input as a link to its commit, a local one by name."""
-    label, revision = source["label"].partition("@")[0], source["revision"]
-    return f"[{label}](https://huggingface.co/{label}/tree/{revision})" if revision else f"`{source['label']}`"
-
-
-def used_methods(report: MergeReport) -> list[str]:
-    """Names of the methods that made at least one tensor; copying is none."""
-    return [name for name in dict.fromkeys(t.method for t in report.tensors) if name != "copy"]
-
-
-def method_rows(report: MergeReport) -> list[dict]:
-    """One row for all tensors that were made alike."""
-    alike: dict[tuple, int] = {}
-    for t in report.tensors:
-        settings = ", ".join(f"{name} = {value}" for name, value in t.parameters.items())
-        place = (t.method, ", ".join(t.members), settings)
-        alike[place] = alike.get(place, 0) + 1
-    names = ("method", "members", "settings")
-    return [dict(zip(names, place, strict=True)) | {"tensors": count} for place, count in alike.items()]
-
-
-def papers(report: MergeReport) -> list[str]:
-    """References of the methods used, and of nothing else."""
-    numbers = dict.fromkeys(get_merge_method(name).paper for name in used_methods(report))
-    return [reference(number) for number in numbers if number]
-
-
-def reference(paper: str) -> str:
-    """An arXiv number as a titled link; any other reference as it is."""
-    if not paper.replace(".", "").isdigit():
-        return paper
-    return f"{PAPERS.get(paper, 'arXiv ' + paper)}, https://arxiv.org/abs/{paper}"
-
-
-def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+def table(rows: Mapping[str, Mapping[str, Any]], corner: str = "") -> str:
     """`{row: {column: value}}` as Markdown; absent cells stay empty, floats get four digits."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = [f"| {corner}".rstrip() + " | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
         cells = (row.get(column, "") for column in columns)
         lines.append(f"| {name} | " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |")

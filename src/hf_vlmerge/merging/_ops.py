@@ -6,10 +6,10 @@ floats several times faster than into bool, and multiplies by them faster still.
 place.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations_with_replacement
 from math import inf
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -116,24 +116,26 @@ def as_factor(mask: Tensor) -> Tensor:
     return mask.view(torch.uint8).to(torch.float32)
 
 
-def trimmer(least: Tensor, most: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """A function that sets, in place, what is smaller than each member's ``least`` magnitude, or larger than its
-    ``most``, to zero.
+class Trim(NamedTuple):
+    """A function that sets, in place, what is not above each member's ``below``, or is above its ``upto``, to zero;
+    magnitudes all. Hard shrinkage does it in one step: it keeps what is larger than its parameter."""
 
-    Hard shrinkage does it in one step: it keeps what is larger than its parameter, here the float32 below ``least``.
-    """
-    below = torch.where(least.isinf(), torch.inf, torch.nextafter(least, torch.tensor(-1.0))).tolist()
-    limits = [inf] * len(below) if most is None else most.tolist()
+    below: list[float]
+    upto: list[float]
 
-    def trim_(tau: Tensor) -> Tensor:
-        for vector, lower, upper in zip(tau.unbind(), below, limits, strict=True):
+    @classmethod
+    def to(cls, least: Tensor, most: Tensor | None = None) -> "Trim":
+        """What keeps magnitudes from ``least`` to ``most``: above the float32 below the first."""
+        below = torch.where(least.isinf(), torch.inf, torch.nextafter(least, torch.tensor(-1.0))).tolist()
+        return cls(below, [inf] * len(below) if most is None else most.tolist())
+
+    def __call__(self, tau: Tensor) -> Tensor:
+        for vector, lower, upper in zip(tau.unbind(), self.below, self.upto, strict=True):
             largest = None if upper == inf else torch.hardshrink(vector, upper)
             torch.hardshrink(vector, lower, out=vector)
             if largest is not None:
                 vector.sub_(largest)
         return tau
-
-    return trim_
 
 
 RescaleBy = Literal["probability", "l1"]
@@ -165,7 +167,7 @@ def breadcrumbs_window(density: Sequence[float], gamma: Sequence[float], over: R
 
     if over == "tensor":
         limits = yield from kth_largest(delta_magnitudes, window)
-        return trimmer(limits[:, 1], limits[:, 0])
+        return Trim.to(limits[:, 1], limits[:, 0])
 
     def within_rows_(tau: Tensor) -> Tensor:
         for i, rows in enumerate(tau):

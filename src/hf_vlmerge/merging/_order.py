@@ -11,6 +11,7 @@ Counting is done on the host, in NumPy: its comparisons into bool and selections
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from math import ceil, sqrt
 from typing import Any, Literal, NamedTuple
@@ -19,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .registry import Chunk, Counts, Gather, Sample, WholeModel
+from ._compiled import split_stored
+from .registry import Chunk, Counts, Gather, Sample, Stored, WholeModel
 
 Scope = Literal["tensor", "global"]
 Values = Callable[[Chunk], Tensor]  # what a program asks about: (rows, n), for example one row a member
@@ -100,15 +102,17 @@ def kth_largest(
     ``rows``: a value depends on its whole row, not on its own entry alone.
     """
     flat = (lambda c: values(c).flatten(1)) if rows else (lambda c: values(flattened(c)))
+    stored = not rows and values in (magnitudes, delta_magnitudes)  # known to the compiled form
+    split = partial(split_run, flat, values is delta_magnitudes)
     if scope == "tensor":
-        brackets = yield from selected(flat, ranks, rows)
+        brackets = yield from selected(flat, split, ranks, rows, stored)
     else:
         counts, entries, count = yield WholeModel(Sample(Counts(lambda chunks: binned(flat, chunks)), rows))
         known = zip(counts.numpy(), entries.tolist(), count.tolist(), strict=True)
         brackets = [[from_bins(own, n, of, rank) for rank in ranks(i, n)] for i, (own, n, of) in enumerate(known)]
     while any(b.is_open for row in brackets for b in row):
-        split = splitter(brackets)
-        request = Counts(lambda chunks: (counted((split(flat(c)) for c in chunks), brackets),))  # noqa: B023
+        parts = partial(split, limits_of(brackets))
+        request = Counts(lambda chunks: (counted((parts(c) for c in chunks), brackets),), stored)  # noqa: B023
         (counts,) = yield WholeModel(request) if scope == "global" else request
         brackets = [
             [narrowed(b, n) for b, n in zip(row, own, strict=True)]
@@ -188,7 +192,9 @@ def from_sample(ordered: np.ndarray, entries: int, rank: int) -> Bracket:
 # By selection
 
 
-def selected(flat: Values, ranks: Ranks, rows: bool) -> Generator[Any, tuple[Tensor, ...], Brackets]:
+def selected(
+    flat: Values, split: "Split", ranks: Ranks, rows: bool, stored: bool
+) -> Generator[Any, tuple[Tensor, ...], Brackets]:
     """Program: brackets at the values of their ranks over a tensor; open where they missed, or hold too much."""
     sampled, entries = yield Sample(Gather(lambda chunks: joined([thinned(flat(c), c) for c in chunks])), rows)
     ordered, n = np.sort(sampled.numpy(), axis=1), int(entries.sum())
@@ -197,8 +203,8 @@ def selected(flat: Values, ranks: Ranks, rows: bool) -> Generator[Any, tuple[Ten
         return [[b.without_guess() for b in row] for row in brackets]
     if not any(b.is_open for row in brackets for b in row):
         return brackets
-    split = splitter(brackets)
-    above, ties, *found = yield Gather(lambda chunks: gathered([split(flat(c)) for c in chunks]))
+    parts = partial(split, limits_of(brackets))
+    above, ties, *found = yield Gather(lambda chunks: gathered([parts(c) for c in chunks]), stored)
     each = (b for row in brackets for b in row)
     chosen = map(select, each, above.sum(1).tolist(), ties.sum(1).tolist(), found)
     return [[next(chosen) for _ in row] for row in brackets]
@@ -210,20 +216,23 @@ def joined(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
 
 
 Part = tuple[int, int, np.ndarray]
+Split = Callable[[np.ndarray, Chunk | Stored], list[Part]]
 
 
-def splitter(brackets: Brackets) -> Callable[[Tensor], list[Part]]:
-    """A function of values (rows, n) that says for every bracket, row by row: how many values of the row lie above it,
-    how many are the likely one, and the others in it but for zeros."""
+def limits_of(brackets: Brackets) -> np.ndarray:
+    """Each bracket's lowest value but zero, its highest and its likely one: (rows, ranks, 3) float32."""
     patterns = [[(max(b.low, 1), b.high, b.likely) for b in row] for row in brackets]
-    limits = np.array(patterns, np.int32).view(np.float32).transpose(1, 2, 0)[..., None]  # (ranks, 3, rows, 1)
+    return np.array(patterns, np.int32).view(np.float32)
 
-    def split(values: Tensor) -> list[Part]:
-        rows = values.cpu().numpy()
-        columns = [divided(rows, *own) for own in limits]
-        return [part for parts in zip(*columns, strict=True) for part in parts]
 
-    return split
+def split_run(flat: Values, deltas: bool, limits: np.ndarray, c: Chunk | Stored) -> list[Part]:
+    """For every bracket, row by row: how many of the row's values lie above it, how many are the likely one, and the
+    others in it but for zeros."""
+    if isinstance(c, Stored):
+        return split_stored(c, deltas, limits)
+    rows = flat(c).cpu().numpy()
+    columns = [divided(rows, *own) for own in limits.transpose(1, 2, 0)[..., None]]
+    return [part for parts in zip(*columns, strict=True) for part in parts]
 
 
 def divided(rows: np.ndarray, low: np.ndarray, high: np.ndarray, likely: np.ndarray) -> list[Part]:

@@ -24,7 +24,7 @@ from .groups import Settler, applies
 from .program import single_thread
 from .recipe import Recipe
 from .registry import get_merge_method
-from .report import MergeReport, TensorReport
+from .report import MergeReport, TensorReport, published
 from .tensors.dtypes import dtype_name, parse_dtype
 from .tensors.hub import is_hub_id
 from .tensors.lora import PREFIX, Adapter, LoraModule, open_adapter
@@ -56,6 +56,7 @@ def merge_adapters(
     dry_run: bool = False,
     fsync: bool = True,
     distributed: bool = False,
+    hash_inputs: bool = False,
 ) -> MergeReport:
     """Merge adapters as a recipe with the key ``adapters`` says, and write an adapter folder that peft loads.
 
@@ -67,7 +68,7 @@ def merge_adapters(
     recipe = Recipe.load(recipe)
     with opened(recipe, sources) as adapters, single_thread():
         merged = merged_adapter(recipe, adapters)
-        report = described(recipe, adapters, merged)
+        report = described(recipe, adapters, merged, hash_inputs)
         if dry_run or (distributed and os.environ.get("RANK", "0") != "0"):
             return report
         if output is None:
@@ -292,7 +293,7 @@ def write_adapter(folder: Path, merged: MergedAdapter, report: MergeReport, file
     report.bytes_written = sum(t.nbytes for t in merged.tensors.values())
 
 
-def described(recipe: Recipe, adapters: Mapping[str, Adapter], merged: MergedAdapter) -> MergeReport:
+def described(recipe: Recipe, adapters: Mapping[str, Adapter], merged: MergedAdapter, hash_inputs: bool) -> MergeReport:
     public = {m.model: adapters[m.alias].pinned for m in recipe.models}
     parameters = recipe.adapters.to_dict()
     names = {key: key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in merged.tensors}
@@ -317,7 +318,7 @@ def described(recipe: Recipe, adapters: Mapping[str, Adapter], merged: MergedAda
                 "role": alias,
                 "label": a.label,
                 "revision": a.revision,
-                "files": [{"name": f.name, "size": f.size, "sha256": f.sha256} for f in a.tensors.files],
+                "files": [published(f, hash_inputs) for f in a.tensors.files],
             }
             for alias, a in adapters.items()
         ],

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import forks
+from ._compiled import is_worth_it, load
 from .adapters import merge_adapter_tensors, merge_adapters
 from .carrying import files_source, merged_config, verify, write_files
 from .errors import MergeError
@@ -50,6 +51,7 @@ def merge(
     max_memory: int | str | None = None,
     device: str = "cpu",
     distributed: bool = False,
+    hash_inputs: bool = False,
     chunk_size: int = CHUNK_SIZE,
     max_shard_size: int | str = "5GB",
     progress: bool = True,
@@ -59,7 +61,9 @@ def merge(
     recipe: path, YAML text, mapping or :class:`Recipe`. sources: ``{reference in the recipe: dict or source}`` for
     tensors in memory. finish: called with the temporary folder and the report before the rename (the place for a model
     card). overwrite: replace an existing folder, by renaming at the very end. dry_run: write nothing; the report is the
-    plan, ``output`` may be None. allow_nonfinite: accept NaN and Inf in inputs. fsync: flush to disk before the rename.
+    plan, ``output`` may be None. hash_inputs: read every input once more for the sha256 in the report, and compare it
+    with the Hub's; otherwise the report has what the Hub says. allow_nonfinite: accept NaN and Inf in inputs. fsync:
+    flush to disk before the rename.
 
     threads: workers (default: the cores, or OMP_NUM_THREADS). processes: make them copies of this process, which are
     faster; for programs without threads of their own, on Linux. max_memory: of chunks and matrices in use at once, as
@@ -74,22 +78,24 @@ def merge(
     recipe = Recipe.load(recipe)
     if recipe.adapters:
         settings = {"overwrite": overwrite, "dry_run": dry_run, "fsync": fsync, "distributed": distributed}
-        return merge_adapters(recipe, output, sources=sources, finish=finish, **settings)
+        return merge_adapters(recipe, output, sources=sources, finish=finish, hash_inputs=hash_inputs, **settings)
     limit = None if max_memory is None else parse_size(max_memory)
     shard_size = parse_size(max_shard_size)
     ranks = Ranks.launched() if distributed and not dry_run else ALONE
     with open_sources(recipe, sources) as opened, single_thread(), ExitStack() as stack:
         groups = sorted(plan(recipe, opened), key=lambda g: natural(g.output))
-        report = describe(recipe, opened, groups, merged_config(recipe, opened))
+        report = describe(recipe, opened, groups, merged_config(recipe, opened), hash_inputs and ranks.first)
         jobs = [job_of(group) for group in groups]
         threads, chunk_size = fit(jobs, threads or available_threads(), chunk_size, limit)
-        report.estimate = estimate(jobs, opened, threads, chunk_size)
+        entries = sum(prod(group.shape) * len(group.refs) for group in groups)
+        compiled = device == "cpu" and is_worth_it(entries)
+        report.estimate = estimate(jobs, opened, threads, chunk_size, compiled)
         if dry_run:
             return report
         if output is None:
             raise MergeError("an output folder is needed")
         specs = {g.output: Spec(g.dtype, g.shape) for g in groups}
-        reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed, device)
+        reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed, device, compiled and load())
 
         def prepare() -> Path:
             key = fingerprint(recipe, opened, {"shard size": shard_size, "device": device})

@@ -14,6 +14,7 @@ from .streaming import Job
 # Measured with three bfloat16 inputs in the page cache on one thread; meant to be right within a factor of two.
 PLAIN = 1.5e-9  # seconds an input element: read, added up, its part of the output written
 PASSES = 4e-9  # seconds an input element of a method that looks at the tensor first
+COMPILED = 0.4  # of that time, where a method has a compiled form
 FLOPS = 2e10  # of float64 matrix products and decompositions, a second
 DECOMPOSED = 20  # products a matrix method costs, about
 
@@ -49,7 +50,9 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def estimate(jobs: Sequence[Job | MergeGroup], sources: Sources, threads: int, chunk_size: int) -> Estimate:
+def estimate(
+    jobs: Sequence[Job | MergeGroup], sources: Sources, threads: int, chunk_size: int, compiled: bool = False
+) -> Estimate:
     """The cost of making these tensors."""
     read = written = 0
     seconds = []
@@ -57,7 +60,7 @@ def estimate(jobs: Sequence[Job | MergeGroup], sources: Sources, threads: int, c
         group, numel = output_of(job), prod(output_of(job).shape)
         read += bytes_of(group, sources)
         written += numel * group.dtype.itemsize
-        seconds.append(seconds_of(job))
+        seconds.append(seconds_of(job, compiled))
     memory = sum(sorted((memory_of(job, chunk_size) for job in jobs), reverse=True)[:threads])
     longest = max((s for s, job in zip(seconds, jobs, strict=True) if is_whole(job)), default=0.0)
     return Estimate(read, written, max(sum(seconds) / threads, longest), memory, threads, chunk_size)
@@ -68,14 +71,15 @@ def is_whole(job: Job | MergeGroup) -> bool:
     return isinstance(job, Job) and job.method.unit == "tensor"
 
 
-def seconds_of(job: Job | MergeGroup) -> float:
+def seconds_of(job: Job | MergeGroup, compiled: bool) -> float:
     """One tensor's time on one thread."""
     group = output_of(job)
     inputs = prod(group.shape) * input_count(group)
     if is_whole(job) and len(group.shape) > 1:
         rows, columns = shape_for("row", group.shape)
         return 2 * DECOMPOSED * inputs * min(rows, columns) / FLOPS
-    return inputs * (PASSES if has_passes(job) else PLAIN)
+    faster = COMPILED if compiled and isinstance(job, Job) and job.method.compiled else 1.0
+    return inputs * faster * (PASSES if has_passes(job) else PLAIN)
 
 
 def fit(jobs: Sequence[Job | MergeGroup], threads: int, chunk_size: int, limit: int | None) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Making one output tensor from its group: copied, or read in chunks, merged in float32, rounded once."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import isgenerator
@@ -10,10 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ._compiled import SHIFTS, Compiled
 from ._order import GATHERED
 from .errors import MergeError
 from .groups import COPY, MergeGroup, Ref, Sources
-from .program import BLOCK, Chunk, Read, complete, shape_for
+from .program import BLOCK, Chunk, NotFinite, Read, complete, shape_for
 from .registry import get_merge_method
 from .streaming import Job, Reader
 from .tensors.dtypes import all_finite, dtype_name
@@ -56,6 +58,13 @@ class Maker:
         return "merged"
 
     def merge_run(self, group: MergeGroup, merge: Callable[[Chunk], Tensor], read: Read) -> None:
+        if isinstance(merge, Compiled) and read.stored and group.dtype in SHIFTS:
+            with suppress(NotFinite):  # what is not, and where, the chunks will say
+                run = read.stored()
+                values = merge.of_stored(run, group.dtype)
+                self.sink.write(group.output, run.start, values)
+                self.written(run.count)
+                return
         for chunk in read():
             shape = tuple(chunk.x.shape[1:])
             values = merge(chunk)

@@ -7,7 +7,7 @@ over blocks of fixed size in flat order, neither the chunk size nor the number o
 
 import hashlib
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import isgenerator
@@ -78,24 +78,65 @@ class Chunk:
 
         The choice depends on seed, tensor, member and flat index only: the generator is advanced to ``start``.
         """
-        identity = hashlib.sha256(f"{self.seed}\0{self.name}\0{member}".encode()).digest()
-        draw, skip = divmod(self.start, 4)  # one draw of 64 bits serves four entries
-        count = self.x[0].numel()
-        draws = np.random.PCG64(Digest(identity)).advance(draw).random_raw((skip + count + 3) // 4)
-        numbers = draws.astype("<u8", copy=False).view("<u2")[skip : skip + count]
         if isinstance(probability, Tensor):
-            limits = probability.reshape(-1).float().cpu().numpy() * np.float32(1 << 16)
-            limits = limits - numbers  # exact wherever it is near 0 or 1
-            kept, open_ = limits >= 1, np.flatnonzero((limits > 0) & (limits < 1))
-            shares = limits[open_]
-        else:
-            whole = int(probability * (1 << 16))
-            kept, share = numbers < whole, probability * (1 << 16) - whole
-            open_ = np.flatnonzero(numbers == whole) if share else np.empty(0, np.int64)
-            shares = np.full(len(open_), share)
-        if len(open_):  # one number in 65536 falls between: it is decided by 32 bits more
-            kept[open_] = more_bits(identity, self.start + open_) < shares * 2.0**32
+            probability = probability.reshape(-1).float().cpu().numpy()
+        kept = chosen((self.seed, self.name, member), self.start, self.x[0].numel(), probability)
         return torch.from_numpy(kept).reshape(self.x.shape[1:]).to(self.x.device)
+
+
+def chosen(identity: tuple[int, str, str], start: int, count: int, probability: float | np.ndarray) -> np.ndarray:
+    """The random choice of :meth:`Chunk.keep` for ``count`` entries from ``start`` on, of a (seed, tensor, member)."""
+    own = hashlib.sha256("{}\0{}\0{}".format(*identity).encode()).digest()
+    draw, skip = divmod(start, 4)  # one draw of 64 bits serves four entries
+    draws = np.random.PCG64(Digest(own)).advance(draw).random_raw((skip + count + 3) // 4)
+    numbers = draws.astype("<u8", copy=False).view("<u2")[skip : skip + count]
+    if isinstance(probability, np.ndarray):
+        limits = probability * np.float32(1 << 16)
+        limits = limits - numbers  # exact wherever it is near 0 or 1
+        kept, open_ = limits >= 1, np.flatnonzero((limits > 0) & (limits < 1))
+        shares = limits[open_]
+    else:
+        whole = int(probability * (1 << 16))
+        kept, share = numbers < whole, probability * (1 << 16) - whole
+        open_ = np.flatnonzero(numbers == whole) if share else np.empty(0, np.int64)
+        shares = np.full(len(open_), share)
+    if len(open_):  # one number in 65536 falls between: it is decided by 32 bits more
+        kept[open_] = more_bits(own, start + open_) < shares * 2.0**32
+    return kept
+
+
+class NotFinite(ArithmeticError):
+    """A compiled form met NaN or Inf: the chunks of the run will tell where."""
+
+
+class Stored(NamedTuple):
+    """A run of an output tensor in all members (n,) and, if any, the base, as they are stored: flat, of one dtype."""
+
+    values: tuple[Tensor, ...]
+    base: Tensor | None
+    members: tuple[str, ...]
+    weights: tuple[float, ...]
+    name: str
+    start: int
+    seed: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values[0].dtype
+
+    @property
+    def count(self) -> int:
+        return self.values[0].numel()
+
+    def part(self, start: int, stop: int) -> "Stored":
+        """Some of its entries."""
+        base = None if self.base is None else self.base[start:stop]
+        values = tuple(own[start:stop] for own in self.values)
+        return self._replace(values=values, base=base, start=self.start + start)
+
+    def keep(self, member: str, probability: float) -> np.ndarray:
+        """As :meth:`Chunk.keep`."""
+        return chosen((self.seed, self.name, member), self.start, self.count, probability)
 
 
 Reduce = Callable[[Chunk], tuple[Tensor, ...]]  # int64 or float64 of fixed shape; the engine adds them up
@@ -103,16 +144,18 @@ Reduce = Callable[[Chunk], tuple[Tensor, ...]]  # int64 or float64 of fixed shap
 
 class Counts(NamedTuple):
     """A reduction that returns int64 only. Such sums are exact in any order, so it sees several whole chunks at once,
-    not blocks."""
+    not blocks. ``stored``: it takes runs as they are stored as well, and raises NotFinite where it must not."""
 
-    reduce: Callable[[Iterable[Chunk]], tuple[Tensor, ...]]
+    reduce: Callable[[Iterable[Chunk | Stored]], tuple[Tensor, ...]]
+    stored: bool = False
 
 
 class Gather(NamedTuple):
     """Not a sum: what a function of several whole chunks returns, a tuple of tensors, each joined over the runs of a
-    tensor along its last axis."""
+    tensor along its last axis. ``stored``: as of Counts."""
 
-    values: Callable[[Iterable[Chunk]], tuple[Tensor, ...]]
+    values: Callable[[Iterable[Chunk | Stored]], tuple[Tensor, ...]]
+    stored: bool = False
 
 
 class Sample(NamedTuple):
@@ -133,15 +176,25 @@ class WholeModel(NamedTuple):
 
 
 Request = Reduce | Counts | Sample | Gather | WholeModel
-Read = Callable[[], Iterable[Chunk]]  # reads a run of chunks when it is called, so that who computes also reads
 Program = Generator[Request, tuple[Tensor, ...], Any]  # returns what the method makes of it: a function of a chunk
 
 
-class Reads(list[Read]):
-    """Calls that read the chunks of a tensor, in flat order; ``sample`` reads some entries from all over it."""
+class Read(NamedTuple):
+    """A run of a tensor that is read when it is asked for, so that who computes also reads: its chunks or, if there is
+    such a form, the run as it is stored."""
 
-    def __init__(self, calls: Iterable[Read], sample: Callable[[], Chunk]) -> None:
-        super().__init__(calls)
+    chunks: Callable[[], Iterable[Chunk]]
+    stored: Callable[[], Stored] | None = None
+
+    def __call__(self) -> Iterable[Chunk]:
+        return self.chunks()
+
+
+class Reads(list[Read]):
+    """Runs of a tensor, in flat order; ``sample`` reads some entries from all over it."""
+
+    def __init__(self, runs: Iterable[Read], sample: Callable[[], Chunk]) -> None:
+        super().__init__(runs)
         self.sample = sample
 
 
@@ -223,6 +276,9 @@ def added(request: Request, sums: tuple[Tensor, ...] | None, part: tuple[Tensor,
 
 def partial_sums(request: Reduce | Counts | Gather, unit: Unit, read: Chunk | Read) -> list[tuple[Tensor, ...]]:
     """What a reduction makes of a run of chunks: a part a block, or one of all where order does not matter."""
+    if isinstance(request, Counts | Gather) and request.stored and isinstance(read, Read) and read.stored:
+        with suppress(NotFinite):
+            return [request[0]([read.stored()])]
     chunks = [replace(read, x=read.x.clone())] if isinstance(read, Chunk) else read()
     if isinstance(request, Gather):
         return [tuple(value.cpu() for value in request.values(chunks))]

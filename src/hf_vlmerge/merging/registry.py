@@ -24,6 +24,7 @@ from .program import (
     Program,
     Reduce,
     Sample,
+    Stored,
     Unit,
     WholeModel,
     begin,
@@ -42,6 +43,7 @@ __all__ = [
     "Program",
     "Reduce",
     "Sample",
+    "Stored",
     "WholeModel",
     "distance_metric",
     "merge_method",
@@ -64,6 +66,7 @@ class Method:
     takes_base: bool = False  # uses a base where the recipe gives one
     statistics: str | None = None  # kind of statistics it needs: "gram", "fisher"
     weighted: bool = False  # reads Chunk.weights
+    compiled: bool = False  # has a compiled form (`_compiled.Compiled`)
     average: bool = False  # every output value is a weighted average of the members' values
     members: tuple[int, int] = (1, ANY)  # least and greatest number of members
     keeps_equal: Callable[[Mapping[str, Any], Sequence[float]], bool] = lambda parameters, weights: True
@@ -84,12 +87,12 @@ class Method:
         """What of a tensor must be seen at once and, with the default parameters, what must be summed up before."""
         if self.unit == "tensor":
             return "whole matrices"
-        what = "elementwise" if self.unit == "element" else "rows"
+        what, form = "elementwise" if self.unit == "element" else "rows", ", compiled" if self.compiled else ""
         parameters, _ = self.bind({}, [str(i) for i in range(self.members[0])])
         request = begin(self.program(parameters)).request
         if request is None:
-            return what
-        return f"{what} after sums over the {'model' if isinstance(request, WholeModel) else 'tensor'}"
+            return what + form
+        return f"{what} after sums over the {'model' if isinstance(request, WholeModel) else 'tensor'}{form}"
 
     def is_per_member(self, parameter: str) -> bool:
         return parameter == "weights" or self.parameters[parameter].annotation == PerMember

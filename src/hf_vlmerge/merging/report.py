@@ -7,12 +7,13 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .errors import MergeError
 from .estimate import Estimate
 from .groups import COPY, MergeGroup, Sources
 from .planning import references
 from .recipe import Recipe
 from .tensors.dtypes import dtype_name
-from .tensors.sources import FileRecord
+from .tensors.sources import FileRecord, sha256_of
 
 
 class TensorReport(NamedTuple):
@@ -95,7 +96,13 @@ class MergeReport:
         return "\n".join(lines)
 
 
-def describe(recipe: Recipe, sources: Sources, groups: list[MergeGroup], config: dict[str, Any] | None) -> MergeReport:
+def describe(
+    recipe: Recipe,
+    sources: Sources,
+    groups: list[MergeGroup],
+    config: dict[str, Any] | None,
+    hash_inputs: bool = False,
+) -> MergeReport:
     """The report before anything is computed: the plan, where everything comes from, what a reader should know."""
     members = [s for role, s in sources.items() if role != "base" and not role.startswith("statistics")]
     return MergeReport(
@@ -111,7 +118,7 @@ def describe(recipe: Recipe, sources: Sources, groups: list[MergeGroup], config:
                 "role": role,
                 "label": s.label,
                 "revision": s.revision,
-                "files": [published(f) for f in s.files],
+                "files": [published(f, hash_inputs) for f in s.files],
                 **s.details,
             }
             for role, s in sources.items()
@@ -122,9 +129,12 @@ def describe(recipe: Recipe, sources: Sources, groups: list[MergeGroup], config:
     )
 
 
-def published(file: FileRecord) -> dict[str, Any]:
-    """What others may know of an input file."""
-    return {"name": file.name, "size": file.size, "sha256": file.sha256}
+def published(file: FileRecord, hashed: bool = False) -> dict[str, Any]:
+    """What others may know of an input file: the sha256 that the Hub reports, or that of the file as it lies here."""
+    sha256 = sha256_of(file.path) if hashed and file.path else file.sha256
+    if file.sha256 not in (None, sha256):
+        raise MergeError(f"{file.name} is not the file that the Hub has (sha256 {file.sha256}); fetch it once more")
+    return {"name": file.name, "size": file.size, "sha256": sha256}
 
 
 def observations(recipe: Recipe, sources: Sources, groups: list[MergeGroup]) -> list[str]:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._compiled import SHIFTS
 from .errors import MergeError
 from .groups import MergeGroup, Ref, Sources
-from .program import BLOCK, Chunk, Read, Reads, Step, Unit, WholeModel, begin, resume, shape_for, total
+from .program import BLOCK, Chunk, Read, Reads, Step, Stored, Unit, WholeModel, begin, resume, shape_for, total
 from .registry import Method
 from .tensors.dtypes import all_finite, is_mergeable
 
@@ -39,6 +40,7 @@ class Reader:
     allow_nonfinite: bool = False
     seed: int = 0
     device: str = "cpu"
+    compiled: bool = False  # offer runs as they are stored to what has a compiled form
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
@@ -148,9 +150,24 @@ class Reader:
 
     def reads(self, group: MergeGroup, unit: Unit) -> Reads:
         """A call for each run of the group's chunks, in flat order, that reads it."""
-        read = partial(self.chunks_of, group, unit, set())
-        calls = (partial(read, *span) for span in self.spans(group, unit))
-        return Reads(calls, partial(self.sample, group))
+        chunks, stored = partial(self.chunks_of, group, unit, set()), partial(self.run_of, group)
+        compiled = self.has_compiled_form(group, unit)
+        spans = self.spans(group, unit)
+        runs = (Read(partial(chunks, *span), partial(stored, *span) if compiled else None) for span in spans)
+        return Reads(runs, partial(self.sample, group))
+
+    def has_compiled_form(self, group: MergeGroup, unit: Unit) -> bool:
+        """Whether runs of the group's inputs can be taken as they are stored."""
+        if not self.compiled or unit == "tensor" or self.allow_nonfinite or self.device != "cpu":
+            return False
+        dtypes = {self.sources[ref.source].dtype(ref.key) for ref in group.refs}
+        return len(dtypes) == 1 and dtypes <= SHIFTS.keys()
+
+    def run_of(self, group: MergeGroup, start: int, stop: int) -> Stored:
+        """A run as it is stored."""
+        values = [self.stored(ref, start, stop) for ref in group.refs]
+        base = None if group.base is None else values.pop()
+        return Stored(tuple(values), base, group.members, group.weights, group.output, start, self.seed)
 
     def chunks(self, group: MergeGroup, unit: Unit) -> Iterator[Chunk]:
         """The group's chunks in flat order, in float32; each lasts until the next one is asked for."""

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.models.janus import modeling_janus
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
@@ -13,7 +14,8 @@ from hf_vlmerge.conversion.image_codes import convert_image_codes
 from hf_vlmerge.conversion.image_codes_keys import OURS
 from hf_vlmerge.data.shapes import ShapesDataset
 from hf_vlmerge.data.shapes.render import RGB, centre_and_radius
-from hf_vlmerge.models.unival.image_codes_unival import UnivalImageCodes, UnivalImageCodesConfig
+from hf_vlmerge.models.unival.configuration_image_codes_unival import UnivalImageCodesConfig
+from hf_vlmerge.models.unival.image_codes_unival import UnivalImageCodes
 from hf_vlmerge.models.unival.modeling_unival import UnivalForConditionalGeneration
 from tests.models.unival.tiny import tiny_batch, tiny_model
 from tests.test_auto import run
@@ -106,12 +108,24 @@ def test_codes_and_images_have_the_shapes_of_their_grid():
         (lambda m: m.decode(torch.zeros(1, 12, dtype=torch.long)), "12 codes are no square"),
         (lambda m: m.decode(torch.full((1, 4), 16)), "codes range from 16 to 16; expected 0 to 15"),
         (lambda m: m.decode(torch.full((1, 4), -1)), "codes range from -1 to -1"),
-        (lambda m: UnivalImageCodesConfig(base_channels=20), "base_channels 20 is not a multiple of norm_groups 32"),
     ],
 )
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(small())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"base_channels": 20}, "base_channels 20 is not a multiple of norm_groups 32"),
+        ({"num_codes": "many"}, "num_codes"),
+        ({"attention_levels": 3}, "attention_levels"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(sizes, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        UnivalImageCodesConfig(**sizes)
 
 
 def test_save_and_load(tmp_path):

@@ -1,10 +1,9 @@
 """What must hold for every UnIVAL model, whatever the numbers are."""
 
-import copy
 import json
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -362,18 +361,24 @@ def test_a_pass_over_one_kind_of_media_is_one_graph():
     close(torch.compile(model, fullgraph=True, backend="eager")(**batch).logits, model(**batch).logits)
 
 
-def test_distributed_data_parallel_gives_the_same_loss(tmp_path):
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model, batch = model_of(towers=["image"]), tiny_batch()
-        parallel = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True)
-        loss = parallel(**batch).loss
-        loss.backward()
-        close(loss, model(**batch).loss)
-    finally:
-        dist.destroy_process_group()
+@pytest.mark.multiproc
+def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, "-m", "tests.models.unival.two_ranks", str(tmp_path / "found.pt")], check=True, env=environment
+    )
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    model = model_of(towers=["image"])
+    loss = model(**tiny_batch()).loss
+    loss.backward()
+    assert found["count"] == 2
+    close(found["loss"], loss)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            assert found["gradients"][name] is None
+        else:
+            close(found["gradients"][name], parameter.grad)
 
 
 # Precision
@@ -610,21 +615,3 @@ def test_wrong_inputs_are_refused_in_one_sentence(change, message):
     model = model_of(towers=["image", "audio"])
     with pytest.raises(ValueError, match=message):
         model(**{**inputs_of(tiny_batch()), **change})
-
-
-LINTER = Path(sys.executable).with_name("mlinter")
-EXCEPTIONS = {
-    "TRF028": "wants the long form of the licence header",
-    "TRF057": "wants generated docstrings in place of ours, which give shapes",
-    "TRF013": "does not see that both subclasses of UnivalStack call post_init when they are complete",
-}
-
-
-@pytest.mark.skipif(not LINTER.is_file(), reason="transformers-mlinter is not installed")
-def test_the_librarys_own_linter_finds_the_stated_exceptions_only(tmp_path):
-    report, folder = tmp_path / "findings.json", Path(modeling_unival.__file__).parent
-    command = [LINTER, "--no-progress", "--no-cache", "--output-json", report, folder]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert report.is_file(), done.stderr
-    findings = json.loads(report.read_text())["findings"]
-    assert [found["message"] for found in findings if found["rule"] not in EXCEPTIONS] == []

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .._ops import soft_sign_terms, soft_sign_value, trimmer
+from .._ops import Trim, soft_sign_terms, soft_sign_value
 from .._order import Scope, kth_magnitude
 from ..registry import Chunk, PerMember, Program, distance_metric
 
@@ -14,7 +14,7 @@ def tssd(*, keep_fraction: PerMember = 0.2, scope: Scope = "tensor") -> Program:
     keep_fraction: share of the largest magnitudes that each member keeps. scope: whether that share is taken of every
     tensor or of the whole model. An entry that only one member keeps counts as agreement (its term is 0).
     """
-    trim_ = trimmer((yield from kth_magnitude(keep_fraction, scope)))
+    trim_ = Trim.to((yield from kth_magnitude(keep_fraction, scope)))
 
     def terms(c: Chunk) -> tuple[Tensor, Tensor]:
         return soft_sign_terms(trim_(c.x.clone()))

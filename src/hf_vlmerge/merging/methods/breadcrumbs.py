@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .._compiled import Compiled
 from .._ops import (
     RankedOver,
     breadcrumbs_window,
@@ -18,6 +19,7 @@ from ..registry import Chunk, PerMember, Program, merge_method
 @merge_method(
     "breadcrumbs",
     paper="2312.06795",
+    compiled=True,
     unit="row",
     needs_base=True,
     mergekit={"density": 1.0, "gamma": 0.01},
@@ -50,4 +52,6 @@ def breadcrumbs(
         weights = c.weights.tolist()
         return on_base_(c, weighted_sum_(tau, normalized(weights) if normalize else weights), scale)
 
-    return merge
+    if ranked_over == "row":
+        return merge
+    return Compiled(merge, trim_, factors=factors, normalize=normalize, scale=scale)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .._compiled import Compiled, Election
 from .._ops import (
     Elect,
     Mean,
@@ -21,6 +22,7 @@ from ..registry import Chunk, PerMember, Program, merge_method
 @merge_method(
     "breadcrumbs_ties",
     paper="2312.06795",
+    compiled=True,
     unit="row",
     needs_base=True,
     mergekit={
@@ -65,4 +67,7 @@ def breadcrumbs_ties(
         tau = elect_and_merge_(tau, weights, elect=elect, normalize=normalize, mean=mean, zero=zero)
         return on_base_(c, tau, scale)
 
-    return merge
+    if ranked_over == "row":
+        return merge
+    election = Election(elect, mean, zero)
+    return Compiled(merge, trim_, factors=factors, normalize=normalize, election=election, scale=scale)

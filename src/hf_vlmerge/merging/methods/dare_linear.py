@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .._compiled import Compiled
 from .._ops import RescaleBy, check_shares, drop_, l1_factors, normalized, on_base_, rescale_, weighted_sum_
 from ..registry import Chunk, PerMember, Program, merge_method
 
@@ -9,6 +10,7 @@ from ..registry import Chunk, PerMember, Program, merge_method
 @merge_method(
     "dare_linear",
     paper="2311.03099",
+    compiled=True,
     needs_base=True,
     mergekit={"density": 1.0, "rescale_by": "l1"},
     cost="O(n P)",
@@ -28,7 +30,8 @@ def dare_linear(
     weights. rescale: make up for what was dropped. rescale_by: division by the probability, or the tensor's L1 norm.
     """
     check_shares("density", density)
-    sparse = lambda c: drop_(c.deltas_(), c, density, rescale and rescale_by == "probability")  # noqa: E731
+    by_share = rescale and rescale_by == "probability"
+    sparse = lambda c: drop_(c.deltas_(), c, density, by_share)  # noqa: E731
     factors = yield from l1_factors(sparse, rescale and rescale_by == "l1")
 
     def merge(c: Chunk) -> Tensor:
@@ -36,4 +39,4 @@ def dare_linear(
         weights = c.weights.tolist()
         return on_base_(c, weighted_sum_(tau, normalized(weights) if normalize else weights), scale)
 
-    return merge
+    return Compiled(merge, density=density, rescale=by_share, factors=factors, normalize=normalize, scale=scale)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .._compiled import Compiled, Election
 from .._ops import (
     Elect,
     Mean,
@@ -21,6 +22,7 @@ from ..registry import Chunk, PerMember, Program, merge_method
 @merge_method(
     "dare_ties",
     paper="2311.03099",
+    compiled=True,
     needs_base=True,
     mergekit={
         "density": 1.0,
@@ -54,7 +56,8 @@ def dare_ties(
     zero_sign: the sign of a sum that is zero.
     """
     check_shares("density", density)
-    sparse = lambda c: drop_(c.deltas_(), c, density, rescale and rescale_by == "probability")  # noqa: E731
+    by_share = rescale and rescale_by == "probability"
+    sparse = lambda c: drop_(c.deltas_(), c, density, by_share)  # noqa: E731
     zero = yield from sign_of_zero(zero_sign, sparse, "tensor")
     factors = yield from l1_factors(sparse, rescale and rescale_by == "l1")
 
@@ -64,4 +67,4 @@ def dare_ties(
         tau = elect_and_merge_(tau, weights, elect=elect, normalize=normalize, mean=mean, zero=zero)
         return on_base_(c, tau, scale)
 
-    return merge
+    return Compiled(merge, None, density, by_share, factors, normalize, Election(elect, mean, zero), scale)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .._compiled import Compiled
 from .._ops import normalized, weighted_sum_
 from ..registry import Chunk, merge_method
 
@@ -15,6 +16,7 @@ def _is_mean(parameters, weights) -> bool:
 @merge_method(
     "linear",
     paper="2203.05482",
+    compiled=True,
     average=True,
     keeps_equal=_is_mean,
     cost="O(n P)",
@@ -30,4 +32,4 @@ def linear(*, normalize: bool = True) -> Callable[[Chunk], Tensor]:
         weights = c.weights.tolist()
         return weighted_sum_(c.x, normalized(weights) if normalize else weights)
 
-    return merge
+    return Compiled(merge, normalize=normalize)

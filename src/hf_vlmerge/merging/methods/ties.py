@@ -2,9 +2,11 @@
 
 from torch import Tensor
 
+from .._compiled import Compiled, Election
 from .._ops import (
     Elect,
     Mean,
+    Trim,
     ZeroSign,
     check_shares,
     elect_and_merge_,
@@ -12,7 +14,6 @@ from .._ops import (
     on_base_,
     rescale_,
     sign_of_zero,
-    trimmer,
 )
 from .._order import Scope, delta_magnitudes, kth_magnitude
 from ..registry import Chunk, PerMember, Program, merge_method
@@ -21,6 +22,7 @@ from ..registry import Chunk, PerMember, Program, merge_method
 @merge_method(
     "ties",
     paper="2306.01708",
+    compiled=True,
     needs_base=True,
     mergekit={"density": 1.0, "scope": "tensor", "elect": "weighted", "mean": "weights", "zero_sign": "positive"},
     cost="O(n P); a pass finds the thresholds, over the whole model one or two",
@@ -48,7 +50,7 @@ def ties(
     zero: none as in the formula, positive, or the majority's over the scope. rescale: to the L1 norm before trimming.
     """
     check_shares("density", density)
-    trim_ = trimmer((yield from kth_magnitude(density, scope, delta_magnitudes)))
+    trim_ = Trim.to((yield from kth_magnitude(density, scope, delta_magnitudes)))
     zero = yield from sign_of_zero(zero_sign, lambda c: trim_(c.deltas_()), scope)
     factors = yield from l1_factors(lambda c: trim_(c.deltas_()), rescale)
 
@@ -58,4 +60,5 @@ def ties(
         tau = elect_and_merge_(tau, weights, elect=elect, normalize=normalize, mean=mean, zero=zero)  # 2. and 3.
         return on_base_(c, tau, scale)
 
-    return merge
+    election = Election(elect, mean, zero)
+    return Compiled(merge, trim_, factors=factors, normalize=normalize, election=election, scale=scale)

@@ -3,6 +3,7 @@
 Opening a source reads headers only. Tensors are read whole (``source[key]``) or in runs (``source.read``).
 """
 
+import hashlib
 import json
 import re
 from abc import abstractmethod
@@ -22,17 +23,20 @@ from .safetensors_file import SafetensorsFile
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".merges")
 SIDE_NAMES = re.compile(r"(LICENSE|LICENCE|NOTICE)(\..*)?$", re.IGNORECASE)
-NOT_SIDE = re.compile(r"(.*\.index\.json|trainer_state\.json|(all|train|eval)_results\.json|training_args\..*)$")
+NOT_SIDE = re.compile(
+    r"(.*\.index\.json|provenance\.json|trainer_state\.json|(all|train|eval)_results\.json|training_args\..*)$"
+)
 
 
 class FileRecord(NamedTuple):
-    """One file a source reads: its name within the source, bytes, sha256 where the Hub reports it, and when it was
-    last changed (ns; tells an interrupted merge whether it may go on)."""
+    """One file a source reads: its name within the source, bytes, sha256 where the Hub reports it, when it was last
+    changed (ns; tells an interrupted merge whether it may go on), and where it is."""
 
     name: str
     size: int
     sha256: str | None = None
     modified: int | None = None
+    path: Path | None = None
 
 
 class TensorSource(Mapping[str, Tensor]):
@@ -314,7 +318,13 @@ def check_shard(label: str, path: Path, found: Set[str], keys: set[str] | None) 
 
 def file_record(path: Path) -> FileRecord:
     stat = path.stat()
-    return FileRecord(path.name, stat.st_size, modified=stat.st_mtime_ns)
+    return FileRecord(path.name, stat.st_size, modified=stat.st_mtime_ns, path=path)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shared_memory(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:

@@ -1,10 +1,28 @@
-# Copyright 2026 The hf_vlmerge authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+# Copyright 2026 The hf_vlmerge authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Configuration of UnIVAL (Shukor et al. 2023): sizes of the transformer and of its three convolutional towers."""
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 TOWERS = ("image", "video", "audio")
+AUTO_MAP = {  # Auto class -> our class, as config.json names it for those who do not have the package
+    "AutoConfig": "configuration_unival.UnivalConfig",
+    "AutoModel": "modeling_unival.UnivalModel",
+    "AutoModelForImageTextToText": "modeling_unival.UnivalForConditionalGeneration",
+    "AutoModelForSeq2SeqLM": "modeling_unival.UnivalForConditionalGeneration",
+}
 
 
 @strict
@@ -103,6 +121,12 @@ class UnivalConfig(PreTrainedConfig):
             setattr(self, name, list(getattr(self, name)))
         super().__post_init__(**kwargs)
 
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As for every configuration, with all of `AUTO_MAP`: the library alone names one Auto class, or the code of
+        the repository that the model was loaded from."""
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     @property
     def code_grid_size(self) -> int:
         """Codes along one side of a generated image."""
@@ -137,5 +161,7 @@ class UnivalConfig(PreTrainedConfig):
         if "video" in self.towers and any(width % 32 for width in self.video_widths):
             raise ValueError(f"video_widths are {self.video_widths}; expected multiples of 32.")
 
+
+UnivalConfig.register_for_auto_class()  # the source files go along with whatever is saved
 
 __all__ = ["UnivalConfig"]

@@ -1,4 +1,16 @@
-# Copyright 2026 The hf_vlmerge authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+# Copyright 2026 The hf_vlmerge authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Sounds for UnIVAL: waveforms of one length; the spectrogram is computed inside the network."""
 
 import torch
@@ -64,5 +76,7 @@ class UnivalFeatureExtractor(SequenceFeatureExtractor):
         wave = wave.repeat(self.num_samples // wave.numel())
         return torch.nn.functional.pad(wave, (0, self.num_samples - wave.numel()), value=self.padding_value)
 
+
+UnivalFeatureExtractor.register_for_auto_class()
 
 __all__ = ["UnivalFeatureExtractor"]

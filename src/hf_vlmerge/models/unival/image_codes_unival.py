@@ -1,4 +1,16 @@
-# Copyright 2026 The hf_vlmerge authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+# Copyright 2026 The hf_vlmerge authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Image codes: the VQ-GAN that turns images into tokens and tokens into images (Esser et al. 2021, section 3.1), with
 a Gumbel-softmax code book (Ramesh et al. 2021, section 2.1). The released one has 8 192 codes of 8 x 8 pixels.
 
@@ -13,62 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
-
-class UnivalImageCodesConfig(PreTrainedConfig):
-    r"""
-    Sizes of a VQ-GAN; the defaults are those of the released Gumbel model (f = 8, 8 192 codes).
-
-    Args:
-        num_codes (`int`): codes K of the code book.
-        code_width (`int`): width E of a code.
-        latent_channels (`int`): channels that the encoder gives and the decoder takes.
-        base_channels (`int`): channels of the first convolution.
-        channel_multipliers (`list[int]`): channels of each level in units of `base_channels`; from one level to the
-            next the image is halved.
-        blocks_per_level (`int`): residual blocks of a level of the encoder; the decoder has one more.
-        attention_levels (`list[int]`): levels with attention after each block. Level 3 is 32 x 32 at 256 pixels.
-        norm_groups (`int`): groups of every group norm.
-        kl_weight (`float`): weight in the loss of the divergence from using all codes alike.
-    """
-
-    model_type = "unival_image_codes"
-
-    def __init__(
-        self,
-        num_codes: int = 8192,
-        code_width: int = 256,
-        latent_channels: int = 256,
-        base_channels: int = 128,
-        channel_multipliers: list[int] | tuple[int, ...] = (1, 1, 2, 4),
-        blocks_per_level: int = 2,
-        attention_levels: list[int] | tuple[int, ...] = (3,),
-        norm_groups: int = 32,
-        kl_weight: float = 1e-8,
-        initializer_range: float = 0.02,
-        **kwargs,
-    ):
-        self.num_codes = num_codes
-        self.code_width = code_width
-        self.latent_channels = latent_channels
-        self.base_channels = base_channels
-        self.channel_multipliers = list(channel_multipliers)
-        self.blocks_per_level = blocks_per_level
-        self.attention_levels = list(attention_levels)
-        self.norm_groups = norm_groups
-        self.kl_weight = kl_weight
-        self.initializer_range = initializer_range
-        if base_channels % norm_groups:
-            raise ValueError(f"base_channels {base_channels} is not a multiple of norm_groups {norm_groups}.")
-        super().__init__(**kwargs)
-
-    @property
-    def factor(self) -> int:
-        """Pixels along a side of what one code stands for."""
-        return 2 ** (len(self.channel_multipliers) - 1)
+from .configuration_image_codes_unival import UnivalImageCodesConfig
 
 
 @dataclass
@@ -326,4 +286,6 @@ class UnivalImageCodes(PreTrainedModel):
         return outputs if return_dict is not False else outputs.to_tuple()
 
 
-__all__ = ["UnivalImageCodes", "UnivalImageCodesConfig"]
+UnivalImageCodes.register_for_auto_class()
+
+__all__ = ["UnivalImageCodes"]

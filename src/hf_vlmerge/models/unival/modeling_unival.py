@@ -1,4 +1,16 @@
-# Copyright 2026 The hf_vlmerge authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+# Copyright 2026 The hf_vlmerge authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """UnIVAL (Shukor et al. 2023): one encoder-decoder for text, images, clips and sounds.
 
 Media become tokens that stand before the text in the encoder. Positions are never added to embeddings: they act through
@@ -1011,5 +1023,7 @@ class UnivalForConditionalGeneration(UnivalPreTrainedModel, UnivalGenerationMixi
         input_ids, expanded = super()._expand_inputs_for_generation(*args, encoder_outputs={}, **kept)
         return input_ids, expanded | {"encoder_outputs": encoder_outputs}
 
+
+UnivalPreTrainedModel.register_for_auto_class()  # so for every class of this file; see `AUTO_MAP`
 
 __all__ = ["UnivalForConditionalGeneration", "UnivalModel", "UnivalPreTrainedModel"]

@@ -1,4 +1,16 @@
-# Copyright 2026 The hf_vlmerge authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+# Copyright 2026 The hf_vlmerge authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Configuration of VLMo-style models: one class for the five architectures of Sung et al. 2023 (section 3)."""
 
 import math
@@ -7,6 +19,13 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 EXPERT_MODULES = ("attention", "ffn", "layer_norm")
+AUTO_MAP = {  # Auto class -> our class, as config.json names it for those who do not have the package
+    "AutoConfig": "configuration_vlmo.VlmoConfig",
+    "AutoModel": "modeling_vlmo.VlmoModel",
+    "AutoModelForPreTraining": "modeling_vlmo.VlmoForPreTraining",
+    "AutoModelForVisualQuestionAnswering": "modeling_vlmo.VlmoForQuestionAnswering",
+    "AutoModelForZeroShotImageClassification": "modeling_vlmo.VlmoForImageAndTextRetrieval",
+}
 
 
 @strict
@@ -81,6 +100,12 @@ class VlmoConfig(PreTrainedConfig):
             }
         super().__post_init__(**kwargs)
 
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As for every configuration, with all of `AUTO_MAP`: the library alone names one Auto class, or the code of
+        the repository that the model was loaded from."""
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     @property
     def grid_size(self) -> int:
         """Patches along one side of an image."""
@@ -108,5 +133,7 @@ class VlmoConfig(PreTrainedConfig):
                 f"num_fusion_layers is {self.num_fusion_layers}; expected 0 to {self.num_hidden_layers}, the layers."
             )
 
+
+VlmoConfig.register_for_auto_class()  # the source files go along with whatever is saved
 
 __all__ = ["VlmoConfig"]

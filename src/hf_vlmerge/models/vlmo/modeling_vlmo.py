@@ -1,4 +1,16 @@
-# Copyright 2026 The hf_vlmerge authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+# Copyright 2026 The hf_vlmerge authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """VLMo-style models: one class whose configuration gives the five architectures of Sung et al. 2023 (section 3).
 
 A pass takes an image, a text or both. In a joint pass the lower layers process each modality on its own, with that
@@ -765,6 +777,8 @@ class VlmoForImagesAndTextClassification(VlmoPreTrainedModel):
             output.loss = nn.functional.cross_entropy(output.logits, labels)
         return output
 
+
+VlmoPreTrainedModel.register_for_auto_class()  # so for every class of this file; see `AUTO_MAP`
 
 __all__ = [
     "VlmoForImageAndTextRetrieval",

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from hf_vlmerge.conversion.convert_vlmo_to_hf import compare_keys
 from hf_vlmerge.conversion.report import ConversionReport
 from hf_vlmerge.conversion.unival_buffers import MEL_MATRIX, recomputed_tensors
 from hf_vlmerge.conversion.unival_keys import DROPPED, PREFIX, RECOMPUTED, TIED, original_key, our_key
 from hf_vlmerge.conversion.unival_sizes import TOWERS, Shapes, infer_sizes
-from hf_vlmerge.conversion.vlmo import compare_keys
 from hf_vlmerge.conversion.write import Finish, check_shapes, make_fresh, write_model, write_torch
 from hf_vlmerge.merging.tensors import TensorSource, open_source
 from hf_vlmerge.merging.tensors.pickles import load_safely
