@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, skip_first_batches
 from accelerate.utils import DistributedType, set_seed
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
@@ -28,6 +28,7 @@ from transformers import get_scheduler
 from unival_finetuning import FineTuning, last_checkpoint
 
 from hf_vlmerge.data.masking import IGNORED
+from hf_vlmerge.hub.card import write_model_card
 from hf_vlmerge.training.arguments import LossArguments
 from hf_vlmerge.training.groups import decayed_parameters
 from hf_vlmerge.training.objectives import loss_options
@@ -194,14 +195,13 @@ class Loop:
             self.tuning.processor.save_pretrained(folder)
             (folder / "log_history.json").write_text(json.dumps(self.log_history, indent=2))
             (folder / "eval_results.json").write_text(json.dumps(scores, indent=2))
-            write_card(folder, self.tuning.card_facts(), self.settings(), scores)
+            write_card(folder, self.tuning, self.settings(), scores, self.arguments.hub_model_id)
         accelerator.wait_for_everyone()
 
     def settings(self) -> dict[str, Any]:
         """What the card says about the run."""
         said = (each.name for each in fields(self.arguments) if each.name not in NOT_SAID)
-        start = {"checkpoint": Path(self.tuning.checkpoint).name, "num_devices": self.accelerator.num_processes}
-        return start | {name: getattr(self.arguments, name) for name in said}
+        return {"num_devices": self.accelerator.num_processes} | {name: getattr(self.arguments, name) for name in said}
 
 
 def begun_again(loader: DataLoader) -> Iterator[dict]:
@@ -222,26 +222,19 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     return groups
 
 
-def write_card(folder: Path, facts: dict, settings: dict, scores: dict[str, float]) -> None:
-    """In the sections of the Hub's own template; what nobody told the script stays open there."""
-    data = ModelCardData(
-        base_model=facts.get("finetuned_from"),
-        datasets=facts.get("dataset_tags"),
-        library_name="transformers",
-        pipeline_tag=facts["tasks"],
-        tags=facts["tags"],
+def write_card(folder: Path, tuning: FineTuning, settings: dict, scores: dict[str, float], name: str | None) -> None:
+    facts = tuning.card_facts()
+    hub_id, start = facts.get("finetuned_from"), Path(tuning.checkpoint).resolve().name
+    write_model_card(
+        folder,
+        results={"validation split": scores} if scores else None,
+        data=[facts["dataset"]],
+        datasets=[facts["dataset_tags"]] if "dataset_tags" in facts else [],
+        parents={hub_id: tuning.model.config._commit_hash} if hub_id else None,
+        settings=settings,
+        name=name,
+        summary=f"UnIVAL, fine-tuned from the checkpoint `{hub_id or start}` on {facts['dataset']}.",
     )
-    card = ModelCard.from_template(
-        data,
-        model_id=folder.resolve().name,
-        model_summary=f"UnIVAL, fine-tuned on {facts['dataset']}.",
-        model_type="UnIVAL",
-        base_model=settings["checkpoint"],
-        training_data=facts["dataset"],
-        training_regime="\n".join(f"{name}: {value}  " for name, value in settings.items()),
-        results="\n".join(f"* {name}: {value:.4f}" for name, value in scores.items()),
-    )
-    card.save(folder / "README.md")
 
 
 def push(folder: Path, arguments: LoopArguments) -> None:

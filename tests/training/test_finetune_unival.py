@@ -351,13 +351,13 @@ def test_two_processes_are_one_with_twice_the_batch(run, settings, tmp_path, scr
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     card = (tmp_path / "two" / "README.md").read_text()
-    assert "num_devices: 2" in card and "num_devices: 2" not in (tmp_path / "out" / "README.md").read_text()
+    devices = re.compile(r"num_devices\W+2")  # each script has its own form of card
+    assert devices.search(card) and not devices.search((tmp_path / "out" / "README.md").read_text())
     assert losses(str(tmp_path / "two")) == pytest.approx(expected, abs=1e-5)
     found = json.loads((tmp_path / "two" / "eval_results.json").read_text())
     assert found["eval_exact_match"] == scores["eval_exact_match"]
 
 
-@pytest.mark.skipif(not hasattr(hub_server, "TOKEN"), reason="the Hub of the tests takes no uploads")
 @pytest.mark.parametrize("script", ["finetune_unival", "finetune_unival_no_trainer"])
 def test_what_is_written_is_pushed(settings, tmp_path, script):
     settings |= {"max_steps": 1, "push_to_hub": True, "hub_model_id": "org/tuned", "validation_split": "validation"}
