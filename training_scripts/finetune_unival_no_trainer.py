@@ -230,7 +230,7 @@ def write_card(folder: Path, tuning: FineTuning, settings: dict, scores: dict[st
         results={"validation split": scores} if scores else None,
         data=[facts["dataset"]],
         datasets=[facts["dataset_tags"]] if "dataset_tags" in facts else [],
-        parents={hub_id: tuning.model.config._commit_hash} if hub_id else None,
+        parents={hub_id: tuning.revision} if hub_id else None,
         settings=settings,
         name=name,
         summary=f"UnIVAL, fine-tuned from the checkpoint `{hub_id or start}` on {facts['dataset']}.",

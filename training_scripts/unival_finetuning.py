@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
+from huggingface_hub import hf_hub_download
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -37,13 +38,14 @@ FOR_BEAMS = ("early_stopping", "length_penalty")  # options that mean nothing wi
 class FineTuning:
     """
     Args:
-        checkpoint: what `model` was loaded from.
+        checkpoint, revision: what `model` was loaded from; on the Hub its commit.
         train: examples by number, or a stream of them.
         validation: examples by number, if any.
         collator, eval_collator: make batches of them.
     """
 
     checkpoint: str
+    revision: str
     model: torch.nn.Module
     processor: Any
     data: DataTrainingArguments
@@ -62,11 +64,12 @@ class FineTuning:
         columns = columns_of(data)
         if data.predict_with_generate and metric_of(data.prompt) is None:
             raise ValueError(f"predict_with_generate has no metric for images, which {data.prompt!r} makes.")
-        model, processor = load_checkpoint(model_arguments)
+        model, processor, revision = load_checkpoint(model_arguments)
         prompt = {"task": data.prompt} if data.prompt in PROMPTS else {"template": data.prompt}
         lengths = {name: getattr(data, name) for name in ("prompt_type", "max_source_length", "max_target_length")}
         return cls(
             model_arguments.model_name_or_path,
+            revision,
             model,
             processor,
             data,
@@ -122,10 +125,15 @@ class FineTuning:
         return facts
 
 
-def load_checkpoint(arguments: ModelArguments) -> tuple[torch.nn.Module, Any]:
-    """Model and processor, of the installed package or, where that is allowed, with code of their own."""
-    source = arguments.model_name_or_path
-    options = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
+def load_checkpoint(arguments: ModelArguments) -> tuple[torch.nn.Module, Any, str]:
+    """
+    Model, processor and their commit on the Hub; of the installed package or, where that is allowed, with code of their
+    own.
+    """
+    source, revision = arguments.model_name_or_path, arguments.model_revision
+    if not Path(source).is_dir():
+        revision = Path(hf_hub_download(source, "config.json", revision=revision)).parent.name  # snapshots/<commit>/
+    options = {"revision": revision, "trust_remote_code": arguments.trust_remote_code}
     model = AutoModelForImageTextToText.from_pretrained(source, **options)
     if not has_loss_options(model):
         raise ValueError(f"expected a checkpoint of UnIVAL; {source} is a {type(model).__name__}.")
@@ -133,7 +141,7 @@ def load_checkpoint(arguments: ModelArguments) -> tuple[torch.nn.Module, Any]:
         freeze_batch_norm(model)
     if arguments.freeze_embeddings:
         freeze_embeddings(model)
-    return model, AutoProcessor.from_pretrained(source, **options)
+    return model, AutoProcessor.from_pretrained(source, **options), revision
 
 
 def columns_of(data: DataTrainingArguments) -> Columns:

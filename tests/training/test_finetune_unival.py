@@ -359,9 +359,11 @@ def test_two_processes_are_one_with_twice_the_batch(run, settings, tmp_path, scr
 
 
 @pytest.mark.parametrize("script", ["finetune_unival", "finetune_unival_no_trainer"])
-def test_what_is_written_is_pushed(settings, tmp_path, script):
-    settings |= {"max_steps": 1, "push_to_hub": True, "hub_model_id": "org/tuned", "validation_split": "validation"}
-    with hub_server.HubServer() as hub:
+def test_from_the_hub_and_to_the_hub(settings, checkpoint, tmp_path, script):
+    commit, files = "1" * 40, {path.name: path.read_bytes() for path in Path(checkpoint).iterdir()}
+    settings |= {"model_name_or_path": "org/base", "model_revision": "v1", "validation_split": "validation"}
+    settings |= {"max_steps": 1, "push_to_hub": True, "hub_model_id": "org/tuned"}
+    with hub_server.HubServer({"org/base": {commit: files}}, {"org/base": {"v1": commit}}) as hub:
         command = [sys.executable, str(SCRIPTS / f"{script}.py"), *flags(for_script(script, settings))]
         environment = os.environ | hub.environment(tmp_path / "home", hub_server.TOKEN)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
@@ -371,4 +373,7 @@ def test_what_is_written_is_pushed(settings, tmp_path, script):
     assert files["model.safetensors"] == Path(settings["output_dir"], "model.safetensors").read_bytes()
     assert not any(name.startswith("checkpoint") for name in files)
     card = files["README.md"].decode()
-    assert "unival" in card and str(tmp_path) not in card
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert metadata["base_model"] in ("org/base", ["org/base"]) and "data0" in card and str(tmp_path) not in card
+    if script == "finetune_unival_no_trainer":
+        assert f"https://huggingface.co/org/base/tree/{commit}" in card
