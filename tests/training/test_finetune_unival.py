@@ -363,7 +363,7 @@ def test_from_the_hub_and_to_the_hub(settings, checkpoint, tmp_path, script):
     commit, files = "1" * 40, {path.name: path.read_bytes() for path in Path(checkpoint).iterdir()}
     settings |= {"model_name_or_path": "org/base", "model_revision": "v1", "validation_split": "validation"}
     settings |= {"max_steps": 1, "push_to_hub": True, "hub_model_id": "org/tuned"}
-    with hub_server.HubServer({"org/base": {commit: files}}, {"org/base": {"v1": commit}}) as hub:
+    with hub_server.HubServer({"org/base": {commit: files}}, {"org/base": {"main": commit, "v1": commit}}) as hub:
         command = [sys.executable, str(SCRIPTS / f"{script}.py"), *flags(for_script(script, settings))]
         environment = os.environ | hub.environment(tmp_path / "home", hub_server.TOKEN)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
