@@ -15,7 +15,8 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 from transformers import BatchFeature
 
-from hf_vlmerge.models.unival.chats_unival import ARGUMENTS
+from hf_vlmerge.data.media_text import media_arguments
+from hf_vlmerge.data.streaming import aligned
 from hf_vlmerge.models.unival.media_unival import load_audio, load_image, load_video
 from hf_vlmerge.models.unival.processing_unival import UnivalProcessor
 from hf_vlmerge.models.unival.prompts_unival import BOX, clean_caption_target, clean_text, fields_of, make_prompt
@@ -85,11 +86,9 @@ class Task:
     def examples(self, row: dict, medium: Any, scale: np.ndarray, number: int) -> list[Example]:
         """All examples of a row; boxes are multiplied by `scale`."""
         texts, targets = self.question or (row[self.text] if self.text else ""), row[self.target]
-        if isinstance(texts, str):
-            texts, targets = [texts], [targets]
         group = number if self.group is None else row[self.group]
         found = []
-        for text, target in zip(texts, targets, strict=True):
+        for text, target in aligned(texts, targets):
             if self.only not in (None, text):
                 continue
             prompt = make_prompt(self.prompt, **dict.fromkeys(fields_of(self.prompt), text))
@@ -229,10 +228,7 @@ class Collator:
 
     def __call__(self, examples: list[Example]) -> BatchFeature:
         inputs: dict[str, Any] = {"text": [example.prompt for example in examples]}
-        for media, argument in ARGUMENTS.items():
-            column = [example.medium if example.media == media else None for example in examples]
-            if any(medium is not None for medium in column):
-                inputs[argument] = column
+        inputs |= media_arguments([{example.media: example.medium} for example in examples])
         if self.with_targets:
             inputs["targets"] = [self.choose(example.targets) for example in examples]
             if any(example.box is not None for example in examples):

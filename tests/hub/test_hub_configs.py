@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from hf_vlmerge import VlmoConfig, VlmoForPreTraining
 
@@ -25,13 +24,3 @@ def test_a_base_size_configuration_has_the_listed_parameters(name, expert_module
 def test_the_table_lists_every_configuration():
     assert {name for name, *_ in ROWS} == {path.parent.name for path in FOLDER.glob("vlmo/*/config.json")}
     assert len(ROWS) == 5
-
-
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("accelerate/*.yaml")), ids=lambda path: path.name)
-def test_a_launch_configuration_has_keys_that_accelerate_knows(path):
-    from accelerate.commands.config.config_args import ClusterConfig
-
-    settings = yaml.safe_load(path.read_text())
-    config = ClusterConfig.from_yaml_file(yaml_file=str(path))
-    assert config.num_processes == settings["num_processes"]
-    assert config.use_cpu is settings["use_cpu"]

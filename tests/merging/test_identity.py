@@ -13,7 +13,7 @@ from hf_vlmerge.merging.program import BLOCK
 from tests.merging.every_method import recipe_for, write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
-TWO_PROCESSES = ROOT / "hub_configs" / "accelerate" / "cpu_2proc.yaml"
+TWO_PROCESSES = ROOT / "training_scripts" / "accelerate_configs" / "cpu_2proc.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_chunks_threads_copies_and_shards_change_no_byte(method, inputs, referen
 
 @pytest.mark.multiproc
 def test_two_processes_write_the_same_bytes(inputs, references, tmp_path):
-    """Started as users do, by ``accelerate launch`` with the configuration in hub_configs."""
+    """Started as users do, by ``accelerate launch`` with the configuration beside the training scripts."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(TWO_PROCESSES)]
     command = [*launch, "--main_process_port", "0", "-m", "tests.merging.every_method", str(inputs), str(tmp_path)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)

@@ -29,7 +29,7 @@ class TwoLosses(nn.Module):
 ROWS = [{"x": torch.tensor(float(i))} for i in range(16)]
 
 
-def trainer(folder, model=None, **kwargs):
+def trainer(folder, model=None, *, parts=None, **kwargs):
     settings = {
         "per_device_train_batch_size": 2,
         "max_steps": 4,
@@ -42,7 +42,8 @@ def trainer(folder, model=None, **kwargs):
     }
     arguments = VlmergeTrainingArguments(output_dir=str(folder), **{**settings, **kwargs})
     far_off = [{"x": torch.tensor(1e6)}] * 2
-    return VlmergeTrainer(model=model or TwoLosses(), args=arguments, train_dataset=ROWS, eval_dataset=far_off)
+    data = {"train_dataset": ROWS, "eval_dataset": far_off} | (parts or {})
+    return VlmergeTrainer(model=model or TwoLosses(), args=arguments, **data)
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -107,3 +108,17 @@ def test_resuming_gives_the_same_weights(tmp_path):
     run = trainer(tmp_path / "resumed", resumed)
     run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_evaluation_may_have_its_own_collator_and_scores(tmp_path):
+    seen = []
+
+    def collator(rows):
+        seen.extend(row["x"].item() for row in rows)
+        return {"x": torch.stack([row["x"] for row in rows])}
+
+    parts = {"eval_collator": collator, "score": lambda model: {"weight": model.weight.item()}}
+    run = trainer(tmp_path, parts=parts)
+    assert run.evaluate(metric_key_prefix="test")["test_weight"] == 0.0 and seen == [1e6, 1e6]
+    run.train()
+    assert len(seen) == 2 and run.state.log_history[-2]["near_loss"] == pytest.approx(5.5)

@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from hf_vlmerge.data.streaming import open_split
+
 
 def load_examples(source: str | Path, split: str, image_size: int, image_column: str = "image") -> list[dict]:
     """
@@ -23,16 +25,7 @@ def load_examples(source: str | Path, split: str, image_size: int, image_column:
     Raises:
         FileNotFoundError: the folder has no file of that split. ValueError: there is no such image column.
     """
-    import datasets
-
-    if Path(source).is_dir():
-        files = sorted(map(str, Path(source).glob(f"{split}*.parquet")))
-        if not files:
-            found = ", ".join(sorted(path.name for path in Path(source).glob("*.parquet"))) or "no Parquet file"
-            raise FileNotFoundError(f"expected {split}.parquet in {source}; found {found}.")
-        rows = datasets.load_dataset("parquet", data_files={split: files}, split=split)
-    else:
-        rows = datasets.load_dataset(str(source), split=split)
+    rows = open_split(source, split)
     if image_column not in rows.column_names:
         raise ValueError(f"{source} has no image column {image_column!r}; it has: {', '.join(rows.column_names)}.")
     progress = tqdm(rows, desc=f"decoding {split}", unit="image", leave=False)

@@ -5,14 +5,15 @@ from typing import Any
 
 from torch import nn
 
-from hf_vlmerge.training.arguments import VlmergeTrainingArguments
+from hf_vlmerge.training.arguments import LossArguments, VlmergeTrainingArguments
 
 
-def loss_options(args: VlmergeTrainingArguments, updates: int, training: bool = True) -> dict[str, Any]:
+def loss_options(args: LossArguments, updates: int, training: bool = True) -> dict[str, Any]:
     """
     Loss arguments of `UnivalForConditionalGeneration.forward`.
 
     Args:
+        args: with `label_smoothing_factor`, as `VlmergeTrainingArguments` has it.
         updates: how many steps of the optimiser are done.
         training: evaluation drops no token.
     """

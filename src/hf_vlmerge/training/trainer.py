@@ -1,6 +1,8 @@
 """A Trainer that logs every loss of the model, and groups parameters as the papers do."""
 
 from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import Trainer
@@ -19,10 +21,21 @@ class VlmergeTrainer(Trainer):
     tokens reach the model too.
 
     Takes `VlmergeTrainingArguments`; pass the processor or tokenizer as `processing_class`.
+
+    Args:
+        eval_collator: for evaluation, where training draws something at random; else it is `data_collator` too.
+        score: called with the model after the loss of each evaluation; its numbers join the metrics.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(
+        self,
+        *args,
+        eval_collator: Callable | None = None,
+        score: Callable[[torch.nn.Module], dict[str, float]] | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
+        self.eval_collator, self.score = eval_collator or self.data_collator, score
         model = self.plain_model
         self._own_loss = has_loss_options(model) and self.compute_loss_func is None
         if self._own_loss:
@@ -56,6 +69,31 @@ class VlmergeTrainer(Trainer):
             self._loss_sums.clear()
             self._passes = 0
         super().log(logs, start_time)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.score is not None:
+            scores = self.score(self.model)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+        return output
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As the library's, which takes a model that does not come from the Hub for one trained from scratch."""
+        super().create_model_card(*args, **kwargs)
+        start = Path(self.plain_model.config._name_or_path or "")
+        if self.is_world_process_zero() and start.name and start.is_dir():
+            path = Path(self.args.output_dir, "README.md")
+            said = f"was fine-tuned from the checkpoint `{start.resolve().name}`"
+            path.write_text(
+                path.read_text(encoding="utf-8").replace("was trained from scratch", said), encoding="utf-8"
+            )
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return decayed_parameters(model, self.args.decay_as_released)
