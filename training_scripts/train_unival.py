@@ -1,6 +1,6 @@
 """Train one small UnIVAL on pictures, clips and sounds at once, and score it beside rules that need no network.
 
-Gives   a folder with model and processor, results.json and results.md; prints the table.
+Gives   a folder with model, processor and card, results.json and results.md; prints the table.
 Costs   10 minutes on one CPU core with the settings file here.
 Run     python training_scripts/train_unival.py training_scripts/settings/unival.yaml DATA runs/unival
 
@@ -26,6 +26,7 @@ from unival_towers import towers_run_once
 
 from hf_vlmerge.evaluation.classification import clustered_error
 from hf_vlmerge.evaluation.tables import markdown
+from hf_vlmerge.hub.card import write_model_card
 from hf_vlmerge.models.unival.configuration_unival import UnivalConfig
 from hf_vlmerge.models.unival.feature_extraction_unival import UnivalFeatureExtractor
 from hf_vlmerge.models.unival.image_processing_unival import UnivalImageProcessor
@@ -35,6 +36,7 @@ from hf_vlmerge.models.unival.tokenization_unival import MASK_TOKEN, SPECIAL_TOK
 from hf_vlmerge.training.stages import Stage
 
 MAX_CAPTION_TOKENS = 48
+IN_CARD = ("score", "standard_error", "best_baseline", "difference", "difference_error", "examples")
 
 
 def make_tokenizer(texts, size: int, num_bins: int, max_length: int):
@@ -222,6 +224,13 @@ def main() -> None:
         json.dumps(minutes | {"settings": settings, "tasks": results}, indent=2)
     )
     (arguments.output / "results.md").write_text(f"{text}\n")
+    write_model_card(
+        arguments.output,
+        results={name: {key: result[key] for key in IN_CARD} for name, result in results.items()},
+        data=list(settings["batch"]),
+        settings={"seed": arguments.seed} | settings["training"],
+        summary="A small UnIVAL, trained from scratch on pictures, clips and sounds at once.",
+    )
     print(text)
     print(
         f"{minutes['minutes']:.1f} minutes, {minutes['minutes_training']:.1f} of them until the end of training; "

@@ -5,10 +5,10 @@ Run: `make peer && .venv/bin/python -m tests.benchmarks.merge_speed [--size 1b] 
 
 Both tools run the same recipe on the same Llama-shaped bfloat16 checkpoints (a base and three copies with small noise),
 two threads, warm page cache, in turn. "whole" is the time of the process from its start to its end, "inside" that of
-the merge alone, after the imports. Memory is the largest sum of anonymous memory (Pss_Anon) over all its processes that
-was seen. Ours runs without the flush to disk, as mergekit does, and once more with it; TIES is trimmed by tensors,
-as there. Otherwise each tool computes its own variant of a formula; "compat" is ours with `compat: mergekit`, whose L1
-factors take a pass more.
+the merge alone, after the imports (for ours, numba's too). Memory is the largest sum of anonymous memory (Pss_Anon)
+over all its processes that was seen. Ours runs without the flush to disk, as mergekit does, and once more with it; TIES
+is trimmed by tensors, as there. Otherwise each tool computes its own variant of a formula; "compat" is ours with
+`compat: mergekit`, whose L1 factors take a pass more.
 """
 
 import argparse
@@ -55,9 +55,11 @@ print("INSIDE", time.perf_counter() - start)
 """
 OUR_CODE = """
 import gc, sys, time
-import filelock, jinja2, numba  # the peer has loaded all it needs, too
+import filelock, jinja2  # the peer has loaded all it needs, too
 from hf_vlmerge.hub.card import write_merge_card
 from hf_vlmerge.merging import merge
+from hf_vlmerge.merging._compiled import load
+load()
 gc.set_threshold(50_000, 20, 100)  # as the command does
 start = time.perf_counter()
 merge(sys.argv[1], sys.argv[2], threads=int(sys.argv[3]), processes=True, fsync=False, finish=write_merge_card)

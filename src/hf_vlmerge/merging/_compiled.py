@@ -30,9 +30,13 @@ def is_worth_it(entries: int) -> bool:
 
 
 def load() -> bool:
-    """Load the kernels, once for all copies that this process makes of itself; says whether they can be used."""
+    """Load numba and the kernels, for all copies that this process will make of itself; says whether they can be used.
+
+    Numba loads most of itself when the first compiled function is called.
+    """
     try:
-        import_module("._kernels", __package__)
+        kernels = import_module("._kernels", __package__)
+        kernels.magnitudes(NOTHING.copy())
     except (ImportError, RuntimeError):  # numba does not fit to NumPy, or finds no place for what it compiles
         return False
     return True

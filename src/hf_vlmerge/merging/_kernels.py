@@ -209,12 +209,12 @@ def split(members, base, shift, limits, counts, found):
     counts[:] = 0
     n = members[0].size
     for start in range(0, n, WIDTH):
-        size = min(WIDTH, n - start)
+        here = slice(start, min(start + WIDTH, n))
+        values = numbers[0][: here.stop - start]
         if base.size:
-            bad |= widen(base[start : start + size], shift, bits[1])
+            bad |= widen(base[here], shift, bits[1])
         for m in range(len(members)):
-            bad |= widen(members[m][start : start + size], shift, bits[0])
-            values = numbers[0][:size]
+            bad |= widen(members[m][here], shift, bits[0])
             if base.size:
                 subtract(values, numbers[1])
             magnitudes(values)
