@@ -59,7 +59,7 @@ import filelock, jinja2  # the peer has loaded all it needs, too
 from hf_vlmerge.hub.card import write_merge_card
 from hf_vlmerge.merging import merge
 from hf_vlmerge.merging._compiled import load
-load()
+load(alone=True)
 gc.set_threshold(50_000, 20, 100)  # as the command does
 start = time.perf_counter()
 merge(sys.argv[1], sys.argv[2], threads=int(sys.argv[3]), processes=True, fsync=False, finish=write_merge_card)

@@ -151,3 +151,11 @@ def test_without_numba_or_a_place_for_it_torch_merges(inputs, monkeypatch, tmp_p
     assert weights(recipe, tmp_path / "out") == expected
     monkeypatch.setattr(_compiled, "find_spec", lambda name: None)
     assert weights(recipe, tmp_path / "out") == expected
+
+
+def test_a_package_is_absent_only_while_it_is_said_to_be():
+    with _compiled.absent("a_package_that_nobody_has"), pytest.raises(ImportError):
+        import a_package_that_nobody_has  # noqa: F401
+    assert "a_package_that_nobody_has" not in sys.modules
+    with _compiled.absent("torch"):  # it was imported before
+        assert sys.modules["torch"] is torch

@@ -2,7 +2,9 @@
 enough to be worth its start. The torch programs define the result; a compiled form gives the same, bit for bit.
 """
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -29,17 +31,32 @@ def is_worth_it(entries: int) -> bool:
     return entries >= WORTH_IT and find_spec("numba") is not None
 
 
-def load() -> bool:
+def load(alone: bool = False) -> bool:
     """Load numba and the kernels, for all copies that this process will make of itself; says whether they can be used.
 
-    Numba loads most of itself when the first compiled function is called.
+    Numba loads most of itself when the first compiled function is called. Half of that is SciPy's linear algebra, which
+    it does without where nobody else in this process asks numba for it (``alone``).
     """
     try:
-        kernels = import_module("._kernels", __package__)
-        kernels.magnitudes(NOTHING.copy())
+        with absent("scipy") if alone else nullcontext():
+            kernels = import_module("._kernels", __package__)
+            kernels.magnitudes(NOTHING.copy())
     except (ImportError, RuntimeError):  # numba does not fit to NumPy, or finds no place for what it compiles
         return False
     return True
+
+
+@contextmanager
+def absent(name: str) -> Iterator[None]:
+    """A package that was not imported before cannot be."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 class Election(NamedTuple):

@@ -66,10 +66,11 @@ def merge(
     flush to disk before the rename.
 
     threads: workers (default: the cores, or OMP_NUM_THREADS). processes: make them copies of this process, which are
-    faster; for programs without threads of their own, on Linux. max_memory: of chunks and matrices in use at once, as
-    "2GB", beside what Python and torch take. device: where chunks are merged, as "cuda". distributed: all processes
-    that a launcher started call this and share the work. chunk_size: elements of one member in memory at a time.
-    max_shard_size: of a weight file, as "5GB". None of these changes a bit (another device may, in the last place).
+    faster; for programs without threads or numba functions of their own, on Linux. max_memory: of chunks and matrices
+    in use at once, as "2GB", beside what Python and torch take. device: where chunks are merged, as "cuda".
+    distributed: all processes that a launcher started call this and share the work. chunk_size: elements of one member
+    in memory at a time. max_shard_size: of a weight file, as "5GB". None of these changes a bit (another device may, in
+    the last place).
 
     A merge that was stopped goes on where it was when it is called again with the same recipe and inputs.
     Raises MergeError for anything wrong with recipe, inputs or output; the output folder then is as it was.
@@ -95,7 +96,7 @@ def merge(
         if output is None:
             raise MergeError("an output folder is needed")
         specs = {g.output: Spec(g.dtype, g.shape) for g in groups}
-        reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed, device, compiled and load())
+        reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed, device, compiled and load(alone=processes))
 
         def prepare() -> Path:
             key = fingerprint(recipe, opened, {"shard size": shard_size, "device": device})
