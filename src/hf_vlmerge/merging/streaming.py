@@ -20,7 +20,7 @@ from .tensors.dtypes import all_finite, is_mergeable
 
 CHUNK_SIZE = 2 * BLOCK  # elements of one member: with its temporaries, what stays in a core's own cache
 SAMPLED_RUN = 256  # elements of a sample that lie side by side
-SAMPLED_RUNS, SAMPLED_PART = 256, 1 << 14  # at least so many runs, one of every so many elements of a large tensor
+SAMPLED_RUNS, SAMPLED_PART = 64, 1 << 14  # at least so many runs, one of every so many elements of a large tensor
 RUN = 1 << 20  # elements of one member whose chunks are handed out together
 PROBE = 1 << 12  # elements that are compared first: tensors that differ usually differ at once
 
