@@ -16,8 +16,8 @@ def share(batch: dict[str, torch.Tensor], rank: int, count: int) -> dict[str, to
     return {name: values[rank::count] for name, values in batch.items()}
 
 
-def main(path: str) -> None:
-    dist.init_process_group("gloo")
+def half_of_the_work() -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """The loss of the whole batch, and this process's gradients of it, which are those of all."""
     rank, count = dist.get_rank(), dist.get_world_size()
     model, batch = tiny_model(UnivalForConditionalGeneration, towers=["image"]), tiny_batch()
     labels = (batch["labels"] != -100).sum()
@@ -26,9 +26,15 @@ def main(path: str) -> None:
     loss = parallel(**share(batch, rank, count), num_items_in_batch=labels).loss * count
     loss.backward()
     dist.all_reduce(loss := loss.detach() / count)
-    if rank == 0:
-        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-        torch.save({"count": count, "loss": loss, "gradients": gradients}, path)
+    return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def main(path: str) -> None:
+    dist.init_process_group("gloo")
+    loss, gradients = half_of_the_work()  # nothing that holds the group lives on: it would wait for the other process
+    if dist.get_rank() == 0:
+        torch.save({"count": dist.get_world_size(), "loss": loss, "gradients": gradients}, path)
+    dist.barrier()
     dist.destroy_process_group()
 
 
