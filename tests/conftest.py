@@ -14,3 +14,14 @@ def shared() -> Path:
     if not (folder / "goldens").is_dir():
         pytest.skip("the folder of reference numbers (../shared) is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def auto_image_processor() -> None:
+    """Old versions of transformers have AutoImageProcessor only beside torchvision: tests that use it are skipped."""
+    from transformers import AutoImageProcessor
+
+    try:
+        _ = AutoImageProcessor.register
+    except ImportError:
+        pytest.skip("this version of transformers has AutoImageProcessor only beside torchvision")

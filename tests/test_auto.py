@@ -70,6 +70,7 @@ def checkpoint(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 @pytest.mark.parametrize(
     "imports", [*IMPORT_ORDERS, *(pytest.param(order, marks=pytest.mark.slow) for order in MORE_IMPORT_ORDERS)]
 )

@@ -49,6 +49,7 @@ def checkpoint(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_installed_and_remote_code_give_the_same(checkpoint):
     remote = run(LOOK_UPS.replace("FIRST", 'sys.modules["hf_vlmerge"] = None'), checkpoint).split("\n")
     local = run(LOOK_UPS.replace("FIRST", "import hf_vlmerge"), checkpoint).split("\n")
@@ -57,6 +58,7 @@ def test_installed_and_remote_code_give_the_same(checkpoint):
     assert (remote[3], local[3]) == ("transformers_modules", "hf_vlmerge")
 
 
+@pytest.mark.usefixtures("auto_image_processor")
 def test_transformers_may_be_imported_first(checkpoint):
     first = "from transformers import AutoConfig, AutoModelForSeq2SeqLM\nimport hf_vlmerge"
     assert run(LOOK_UPS.replace("FIRST", first), checkpoint).split()[:7] == NAMES
