@@ -20,7 +20,8 @@ from .tensors.dtypes import all_finite, is_mergeable
 
 CHUNK_SIZE = 2 * BLOCK  # elements of one member: with its temporaries, what stays in a core's own cache
 SAMPLED_RUN = 256  # elements of a sample that lie side by side
-SAMPLED_RUNS, SAMPLED_PART = 64, 1 << 14  # at least so many runs, one of every so many elements of a large tensor
+SAMPLED_PART = 1 << 14  # there is one for every so many elements of a tensor,
+LEAST_RUNS, MOST_RUNS = 64, 2048  # but not fewer, and not more, so that memory does not grow with the largest tensor
 RUN = 1 << 20  # elements of one member whose chunks are handed out together
 PROBE = 1 << 12  # elements that are compared first: tensors that differ usually differ at once
 
@@ -110,7 +111,7 @@ class Reader:
     def sample(self, group: MergeGroup) -> Chunk:
         """Some entries of a group as one chunk of unit "element": short runs from all over it, or all there is."""
         size = prod(group.shape)
-        count = max(SAMPLED_RUNS, size // SAMPLED_PART)
+        count = min(max(LEAST_RUNS, size // SAMPLED_PART), MOST_RUNS)
         length, step = SAMPLED_RUN, size // count - SAMPLED_RUN - 1  # not in step with the rows
         if size < 4 * SAMPLED_RUN * count:
             count, length, step = 1, size, size
