@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import hf_vlmerge
+from hf_vlmerge.auto import FAMILIES
 from hf_vlmerge.merging import open_source
 from hf_vlmerge.merging.tensors.dtypes import dtype_name
 
@@ -28,14 +29,8 @@ PIPELINE_TAGS = {
     "UnivalModel": "feature-extraction",
     "VlmoModel": "feature-extraction",
 }
-AUTO_CLASSES = {
-    "UnivalForConditionalGeneration": "AutoModelForImageTextToText",
-    "UnivalModel": "AutoModel",
-    "UnivalImageCodes": "AutoModel",
-    "VlmoModel": "AutoModel",
-    "VlmoForPreTraining": "AutoModelForPreTraining",
-    "VlmoForQuestionAnswering": "AutoModelForVisualQuestionAnswering",
-    "VlmoForImageAndTextRetrieval": "AutoModelForZeroShotImageClassification",
+AUTO_CLASSES = {"UnivalImageCodes": "AutoModel"} | {  # the first one of a class that has several
+    name: auto for family in FAMILIES.values() for auto, name in reversed(family.models.items())
 }
 
 
