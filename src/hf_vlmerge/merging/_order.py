@@ -6,7 +6,7 @@ of few bits tie at it by the million. Where a bracket holds too much, of whole m
 into each of its bins, and narrow it until it holds one bit pattern. A bracket that misses is found out by its own
 counts, so the sample can cost a pass, never the result.
 
-Counting is done on the host, in NumPy: its comparisons into bool and selections by bool are much faster.
+On the CPU counting is done in NumPy: its comparisons into bool and selections by bool are much faster.
 """
 
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -230,8 +230,9 @@ def split_run(flat: Values, deltas: bool, limits: np.ndarray, c: Chunk | Stored)
     others in it but for zeros."""
     if isinstance(c, Stored):
         return split_stored(c, deltas, limits)
-    rows = flat(c).cpu().numpy()
-    columns = [divided(rows, *own) for own in limits.transpose(1, 2, 0)[..., None]]
+    rows = flat(c)
+    rows, divide = (rows.numpy(), divided) if rows.is_cpu else (rows, divided_on_gpu)
+    columns = [divide(rows, *own) for own in limits.transpose(1, 2, 0)[..., None]]
     return [part for parts in zip(*columns, strict=True) for part in parts]
 
 
@@ -241,6 +242,15 @@ def divided(rows: np.ndarray, low: np.ndarray, high: np.ndarray, likely: np.ndar
     inside ^= above
     np.greater(inside, ties, out=inside)  # in it, and not the likely value
     return list(zip(map(np.count_nonzero, above), map(np.count_nonzero, ties), picked(rows, inside), strict=True))
+
+
+def divided_on_gpu(rows: Tensor, low: np.ndarray, high: np.ndarray, likely: np.ndarray) -> list[Part]:
+    """The same where the rows are."""
+    low, high, likely = (torch.from_numpy(limit).to(rows.device) for limit in (low, high, likely))
+    above, ties = rows > high, rows == likely
+    inside = (rows >= low) & ~above & ~ties
+    counts = torch.stack([above.sum(1), ties.sum(1)], 1).tolist()
+    return [(*own, row[own_inside].cpu().numpy()) for own, row, own_inside in zip(counts, rows, inside, strict=True)]
 
 
 def picked(rows: np.ndarray, inside: np.ndarray) -> list[np.ndarray]:

@@ -22,6 +22,7 @@ from . import forks
 from ._compiled import is_worth_it, load
 from .adapters import merge_adapter_tensors, merge_adapters
 from .carrying import files_source, merged_config, verify, write_files
+from .devices import chunk_size_on, device_for, memory_limit
 from .errors import MergeError
 from .estimate import estimate, fit
 from .making import Maker, Sink, job_of, memory_of, output_of
@@ -31,7 +32,7 @@ from .program import single_thread
 from .ranks import ALONE, Ranks, Team, shares
 from .recipe import Recipe
 from .report import MergeReport, describe
-from .streaming import CHUNK_SIZE, Job, Reader, settle_whole_model
+from .streaming import Job, Reader, settle_whole_model
 from .tensors.sinks import SafetensorsSink, Spec, parse_size, split_shards
 from .workers import Workers, available_threads
 
@@ -52,7 +53,7 @@ def merge(
     device: str = "cpu",
     distributed: bool = False,
     hash_inputs: bool = False,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
     max_shard_size: int | str = "5GB",
     progress: bool = True,
 ) -> MergeReport:
@@ -80,7 +81,9 @@ def merge(
     if recipe.adapters:
         settings = {"overwrite": overwrite, "dry_run": dry_run, "fsync": fsync, "distributed": distributed}
         return merge_adapters(recipe, output, sources=sources, finish=finish, hash_inputs=hash_inputs, **settings)
-    limit = None if max_memory is None else parse_size(max_memory)
+    place = device_for(device)
+    limit = memory_limit(place) if max_memory is None else parse_size(max_memory)
+    chunk_size = chunk_size_on(place) if chunk_size is None else chunk_size
     shard_size = parse_size(max_shard_size)
     ranks = Ranks.launched() if distributed and not dry_run else ALONE
     with open_sources(recipe, sources) as opened, single_thread(), ExitStack() as stack:
@@ -89,17 +92,17 @@ def merge(
         jobs = [job_of(group) for group in groups]
         threads, chunk_size = fit(jobs, threads or available_threads(), chunk_size, limit)
         entries = sum(prod(group.shape) * len(group.refs) for group in groups)
-        compiled = device == "cpu" and is_worth_it(entries)
+        compiled = place.type == "cpu" and is_worth_it(entries)
         report.estimate = estimate(jobs, opened, threads, chunk_size, compiled)
         if dry_run:
             return report
         if output is None:
             raise MergeError("an output folder is needed")
         specs = {g.output: Spec(g.dtype, g.shape) for g in groups}
-        reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed, device, compiled and load(alone=processes))
+        reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed, place, compiled and load(alone=processes))
 
         def prepare() -> Path:
-            key = fingerprint(recipe, opened, {"shard size": shard_size, "device": device})
+            key = fingerprint(recipe, opened, {"shard size": shard_size, "device": place.type})
             folder = stack.enter_context(unfinished(output, key, overwrite=overwrite, fsync=fsync))
             write_files(folder, report.recipe, report.config, files_source(recipe, opened))
             SafetensorsSink(folder, specs, max_shard_size=shard_size).close()  # headers, and each file at its length
@@ -109,7 +112,7 @@ def merge(
             with (
                 Manifest(folder, team.index) as manifest,
                 SafetensorsSink(folder, specs, max_shard_size=shard_size) as sink,
-                Workers(threads, limit, device) as workers,
+                Workers(threads, limit, place) as workers,
             ):
                 team.exchange(None)  # everybody has read what is finished before anybody adds to it
                 own = share(jobs, specs, shard_size, team)
@@ -125,7 +128,7 @@ def merge(
                 finish(folder, report)
 
         folder = ranks.on_first(prepare)
-        if processes and threads > 1 and ranks.count == 1 and device == "cpu" and forks.can_fork():
+        if processes and threads > 1 and ranks.count == 1 and place.type == "cpu" and forks.can_fork():
             manifests = forks.together(threads, lambda team: make_share(folder, team, 1))
         else:
             manifests = ranks.together(lambda: make_share(folder, ranks, threads))
@@ -145,19 +148,20 @@ def merge_tensors(
     allow_nonfinite: bool = False,
     threads: int | None = None,
     device: str = "cpu",
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """The same merge in memory: output tensors by name."""
     recipe = Recipe.load(recipe)
     if recipe.adapters:
         return merge_adapter_tensors(recipe, sources)
-    threads = threads or available_threads()
-    with open_sources(recipe, sources) as opened, single_thread(), Workers(threads, device=device) as workers:
+    threads, place = threads or available_threads(), device_for(device)
+    chunk_size = chunk_size_on(place) if chunk_size is None else chunk_size
+    with open_sources(recipe, sources) as opened, single_thread(), Workers(threads, device=place) as workers:
         groups = plan(recipe, opened)
         sink = Tensors({g.output: Spec(g.dtype, g.shape) for g in groups})
         jobs = [job_of(group) for group in groups]
-        reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed, device)
+        reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed, place)
         Run(jobs, {g.output for g in groups}, reader, sink, workers, progress=progress).make()
         return sink.tensors
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._compiled import SHIFTS, Compiled
 from ._order import GATHERED
+from .devices import on_host
 from .errors import MergeError
 from .groups import COPY, MergeGroup, Ref, Sources
 from .program import BLOCK, Chunk, NotFinite, Read, complete, shape_for
@@ -91,7 +92,7 @@ class Maker:
 
     def put(self, group: MergeGroup, start: int, values: Tensor, copied: bool = False) -> None:
         """The one rounding, to the output dtype, and the way out."""
-        result = values.to(group.dtype).cpu()
+        result = on_host(values.to(group.dtype))
         if not copied and group.dtype.is_floating_point and not self.reader.allow_nonfinite:
             self.check_fit(group, values, result)
         self.sink.write(group.output, start, result)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ._compiled import SHIFTS
+from .devices import CHUNK_SIZE, CPU, place_in
 from .errors import MergeError
 from .groups import MergeGroup, Ref, Sources
 from .program import BLOCK, Chunk, Read, Reads, Step, Stored, Unit, WholeModel, begin, resume, shape_for, total
 from .registry import Method
 from .tensors.dtypes import all_finite, is_mergeable
 
-CHUNK_SIZE = 2 * BLOCK  # elements of one member: with its temporaries, what stays in a core's own cache
 SAMPLED_RUN = 256  # elements of a sample that lie side by side
 SAMPLED_PART = 1 << 14  # there is one for every so many elements of a tensor,
 LEAST_RUNS, MOST_RUNS = 64, 2048  # but not fewer, and not more, so that memory does not grow with the largest tensor
@@ -40,7 +40,7 @@ class Reader:
     chunk_size: int = CHUNK_SIZE
     allow_nonfinite: bool = False
     seed: int = 0
-    device: str = "cpu"
+    device: torch.device = CPU
     compiled: bool = False  # offer runs as they are stored to what has a compiled form
 
     def __post_init__(self) -> None:
@@ -92,12 +92,12 @@ class Reader:
         stored = [self.stored(ref, start, stop) for ref in group.refs]
         for i, parts in enumerate(zip(*(run.split(step) for run in stored), strict=True)):
             count, at = parts[0].numel(), start + i * step
-            again = i and count == step and self.device == "cpu"  # one place for all of them stays in the cache
+            again = i and count == step  # one place for all of them stays in the cache
             if not again:
                 values = self.empty(group, count)
                 places = values.unbind()
             for place, part in zip(places, parts, strict=True):
-                place.copy_(part)
+                place_in(place, part)
             if at not in checked:
                 self.check(group.refs, values)
                 checked.add(at)
@@ -124,12 +124,12 @@ class Reader:
         return replace(self.chunk(group, values, (-1,)), stands_for=size)
 
     def empty(self, group: MergeGroup, count: int) -> Tensor:
-        """A place for ``count`` entries of each input."""
-        return torch.empty(len(group.refs), count, pin_memory=self.device != "cpu")
+        """A place for ``count`` entries of each input, on the device."""
+        return torch.empty(len(group.refs), count, device=self.device)
 
     def chunk(self, group: MergeGroup, values: Tensor, shape: Sequence[int]) -> Chunk:
-        """A chunk of these values (inputs, entries), on the device."""
-        values, members = values.to(self.device, non_blocking=True), len(group.inputs)
+        """A chunk of these values (inputs, entries)."""
+        members = len(group.inputs)
         return Chunk(
             x=values[:members].view(members, *shape),
             base=None if group.base is None else values[-1].view(shape),
@@ -159,7 +159,7 @@ class Reader:
 
     def has_compiled_form(self, group: MergeGroup, unit: Unit) -> bool:
         """Whether runs of the group's inputs can be taken as they are stored."""
-        if not self.compiled or unit == "tensor" or self.allow_nonfinite or self.device != "cpu":
+        if not self.compiled or unit == "tensor" or self.allow_nonfinite:
             return False
         dtypes = {self.sources[ref.source].dtype(ref.key) for ref in group.refs}
         return len(dtypes) == 1 and dtypes <= SHIFTS.keys()

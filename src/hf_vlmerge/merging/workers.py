@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from .allocator import keep_freed_memory
+from .devices import CPU
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ class Memory:
 class Workers:
     """A pool of threads. With one thread everything runs where it is called."""
 
-    def __init__(self, threads: int, memory: int | None = None, device: str = "cpu") -> None:
+    def __init__(self, threads: int, memory: int | None = None, device: torch.device = CPU) -> None:
         keep_freed_memory()
         self.threads, self.memory, self.device = threads, Memory(memory), device
         self.pool = ThreadPoolExecutor(threads, "merge", self.begin) if threads > 1 else None
@@ -55,7 +56,7 @@ class Workers:
     def begin(self) -> None:
         """What a thread sets for itself: one thread of torch; on a GPU a stream, so that copies and sums overlap."""
         torch.set_num_threads(1)
-        if self.device.startswith("cuda"):
+        if self.device.type == "cuda":
             torch.cuda.set_stream(torch.cuda.Stream(self.device))
 
     def map(self, function: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
