@@ -43,6 +43,15 @@ def test_a_limit_of_memory_makes_chunks_smaller_then_workers_fewer(recipe):
     assert tighter.chunk_size == BLOCK and tighter.threads == 1 and tighter.memory <= 14e6
 
 
+def test_whole_matrices_leave_chunks_as_they_are_and_vectors_need_no_matrix(recipe, tmp_path):
+    for name in ("a", "b", "base"):
+        save_file({"w": torch.randn(300, 300), "v": torch.randn(1 << 16)}, tmp_path / name / "model.safetensors")
+    whole = {**recipe, "merge_method": "iso_c", "rules": []}
+    limited = merge(whole, None, dry_run=True, threads=8, max_memory="10MB").estimate
+    assert 1 <= limited.threads < 8 and limited.chunk_size == merge(whole, None, dry_run=True).estimate.chunk_size
+    assert limited.memory <= 10e6
+
+
 def test_a_limit_below_one_tensor_is_an_error(recipe):
     with pytest.raises(
         MergeError, match=r"layers.0.w needs about .* MB of memory at once, more than the limit of 1 MB"

@@ -93,7 +93,7 @@ def merge(
         threads, chunk_size = fit(jobs, threads or available_threads(), chunk_size, limit)
         entries = sum(prod(group.shape) * len(group.refs) for group in groups)
         compiled = place.type == "cpu" and is_worth_it(entries)
-        report.estimate = estimate(jobs, opened, threads, chunk_size, compiled)
+        report.estimate = estimate(jobs, opened, threads, chunk_size, place, compiled)
         if dry_run:
             return report
         if output is None:

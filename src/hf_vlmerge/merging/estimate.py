@@ -3,19 +3,31 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+
+from .devices import CPU
 from .errors import MergeError
 from .groups import MergeGroup, Sources
 from .making import bytes_of, has_passes, input_count, memory_of, output_of
 from .program import BLOCK, shape_for
 from .streaming import Job
 
-# Measured with three bfloat16 inputs in the page cache on one thread; meant to be right within a factor of two.
-PLAIN = 1.5e-9  # seconds an input element: read, added up, its part of the output written
-PASSES = 4e-9  # seconds an input element of a method that looks at the tensor first
-COMPILED = 0.4  # of that time, where a method has a compiled form
-FLOPS = 2e10  # of float64 matrix products and decompositions, a second
+
+class Speed(NamedTuple):
+    """Seconds an input element that is read, added up, its part of the output written (``plain``), and the same of a
+    method that looks at the tensor first (``passes``); float64 operations a second of products and decompositions."""
+
+    plain: float
+    passes: float
+    flops: float
+
+
+# Measured with three bfloat16 inputs in the page cache; meant to be right within a factor of two.
+ONE_THREAD = Speed(1.5e-9, 4e-9, 2e10)
+GPU = Speed(3e-10, 7e-10, 2e13)  # an H200, with any number of threads
+COMPILED = 0.4  # of a thread's time, where a method has a compiled form
 DECOMPOSED = 20  # products a matrix method costs, about
 
 
@@ -51,19 +63,25 @@ def size(count: float) -> str:
 
 
 def estimate(
-    jobs: Sequence[Job | MergeGroup], sources: Sources, threads: int, chunk_size: int, compiled: bool = False
+    jobs: Sequence[Job | MergeGroup],
+    sources: Sources,
+    threads: int,
+    chunk_size: int,
+    device: torch.device = CPU,
+    compiled: bool = False,
 ) -> Estimate:
     """The cost of making these tensors."""
     read = written = 0
     seconds = []
+    speed, side_by_side = (ONE_THREAD, threads) if device.type == "cpu" else (GPU, 1)
     for job in jobs:
         group, numel = output_of(job), prod(output_of(job).shape)
         read += bytes_of(group, sources)
         written += numel * group.dtype.itemsize
-        seconds.append(seconds_of(job, compiled))
+        seconds.append(seconds_of(job, speed, compiled))
     memory = sum(sorted((memory_of(job, chunk_size) for job in jobs), reverse=True)[:threads])
     longest = max((s for s, job in zip(seconds, jobs, strict=True) if is_whole(job)), default=0.0)
-    return Estimate(read, written, max(sum(seconds) / threads, longest), memory, threads, chunk_size)
+    return Estimate(read, written, max(sum(seconds) / side_by_side, longest), memory, threads, chunk_size)
 
 
 def is_whole(job: Job | MergeGroup) -> bool:
@@ -71,15 +89,15 @@ def is_whole(job: Job | MergeGroup) -> bool:
     return isinstance(job, Job) and job.method.unit == "tensor"
 
 
-def seconds_of(job: Job | MergeGroup, compiled: bool) -> float:
-    """One tensor's time on one thread."""
+def seconds_of(job: Job | MergeGroup, speed: Speed, compiled: bool) -> float:
+    """One tensor's time."""
     group = output_of(job)
     inputs = prod(group.shape) * input_count(group)
     if is_whole(job) and len(group.shape) > 1:
         rows, columns = shape_for("row", group.shape)
-        return 2 * DECOMPOSED * inputs * min(rows, columns) / FLOPS
+        return 2 * DECOMPOSED * inputs * min(rows, columns) / speed.flops
     faster = COMPILED if compiled and isinstance(job, Job) and job.method.compiled else 1.0
-    return inputs * faster * (PASSES if has_passes(job) else PLAIN)
+    return inputs * faster * (speed.passes if has_passes(job) else speed.plain)
 
 
 def fit(jobs: Sequence[Job | MergeGroup], threads: int, chunk_size: int, limit: int | None) -> tuple[int, int]:
@@ -96,7 +114,7 @@ def fit(jobs: Sequence[Job | MergeGroup], threads: int, chunk_size: int, limit: 
         need = memory_of(worst, chunk_size)
         if need * threads <= limit:
             return threads, chunk_size
-        if chunk_size > BLOCK:
+        if chunk_size > BLOCK and memory_of(worst, BLOCK) < need:  # of a method over whole matrices it is not
             chunk_size = max(BLOCK, chunk_size // 2)
         elif need <= limit:
             return max(1, limit // need), chunk_size

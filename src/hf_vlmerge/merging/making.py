@@ -141,7 +141,7 @@ def memory_of(job: Job | MergeGroup, chunk_size: int) -> int:
     group, unit = job.group, job.method.unit
     numel, inputs = prod(group.shape), input_count(group)
     if unit == "tensor":
-        columns = shape_for("row", group.shape)[1]
+        columns = group.shape[1] if len(group.shape) == 2 else 0  # nothing else is factored
         return FLOAT * numel * (2 * inputs + 1) + 2 * FLOAT * (5 * numel + 4 * columns * columns)
     block = max(BLOCK, chunk_size, shape_for(unit, group.shape)[-1] if unit == "row" else 0)
     chunks = FLOAT * min(block, numel) * (3 * inputs + 2)
