@@ -13,6 +13,7 @@ from hf_vlmerge.models.unival import modeling_unival
 from hf_vlmerge.models.unival.configuration_unival import UnivalConfig
 from hf_vlmerge.models.unival.encoders_unival import blank_stripes, fourier_kernels, mel_matrix
 from hf_vlmerge.models.unival.modeling_unival import (
+    UnivalAttention,
     UnivalDecoderLayer,
     UnivalEncoderLayer,
     UnivalForConditionalGeneration,
@@ -56,6 +57,25 @@ def test_eager_equals_sdpa(kind):
     model.set_attn_implementation("eager")
     assert model.model.encoder.layers[0].self_attn.config._attn_implementation == "eager"
     close(model(**batch).logits, sdpa.logits)
+
+
+@torch.no_grad()
+def test_biases_lie_as_fused_attention_wants_them(monkeypatch):
+    """On a GPU a bias with its last axis strided sends attention the slow way, without a word."""
+    strides, forward = set(), UnivalAttention.forward
+
+    def watched(self, hidden_states, bias, *args, **kwargs):
+        strides.add(bias.stride(-1) if bias.shape[-1] > 1 else 1)
+        return forward(self, hidden_states, bias, *args, **kwargs)
+
+    monkeypatch.setattr(UnivalAttention, "forward", watched)
+    model = model_of()
+    for batch in (tiny_batch(), mixed_batch(), tiny_batch(kind=None)):
+        model(**batch)
+        codes = torch.arange(len(batch["input_ids"])) % 2 == 0
+        for code_mask in (None, codes, torch.ones_like(codes)):
+            model.generate(**inputs_of(batch), decoder_code_mask=code_mask, num_beams=3, max_new_tokens=4)
+    assert strides == {1}
 
 
 @torch.no_grad()

@@ -165,7 +165,8 @@ def position_scores(
     decoding step then projects no key, and needs no cache of projected positions.
 
     Shapes:
-        queries (1 or B, Q, D), keys (1 or B, S, D) -> (1 or B, H, Q, S)
+        queries (1 or B, Q, D), keys (1 or B, S, D) -> (1 or B, H, Q, S), a query's scores side by side: fused
+        attention on GPUs takes no other bias
     """
     rows, length, width = queries.shape
     query = (q_proj(queries) * scaling).view(rows, length, heads, -1).transpose(1, 2)  # (rows, H, Q, D/H)
@@ -175,7 +176,7 @@ def position_scores(
     folded = query @ k_proj.weight.view(heads, -1, width)  # (rows, H, Q, D)
     constant = query @ k_proj.bias.view(heads, -1, 1)  # (rows, H, Q, 1)
     if rows == 1:  # one plain product for all rows of keys
-        scores = nn.functional.linear(keys, folded.view(heads * length, width)).transpose(1, 2)
+        scores = nn.functional.linear(keys, folded.view(heads * length, width)).transpose(1, 2).contiguous()
     else:
         scores = folded.view(rows, heads * length, width) @ keys.transpose(1, 2)
     return scores.reshape(-1, heads, length, keys.shape[1]) + constant
@@ -801,9 +802,11 @@ class UnivalDecoder(UnivalStack):
         )  # fmt: skip
         if visible is not None:
             untied = untied + additive_mask(visible, untied.dtype)
-        text = self.text_bias(positions[:, past:], positions) if codes is not True else None
-        cells = self.code_cells(positions)
-        code = self.media_bias(cells[:, past:], cells) if codes is not False else None
+        if codes is not True:
+            text = self.text_bias(positions[:, past:], positions)
+        if codes is not False:
+            cells = self.code_cells(positions)
+            code = self.media_bias(cells[:, past:], cells)
         if isinstance(codes, bool):
             return [untied + part for part in (code if codes else text)]
         rows = codes[:, None, None, None]
