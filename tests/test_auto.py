@@ -141,15 +141,8 @@ def test_remote_code_is_for_our_models_only(tmp_path):
 
 
 def test_the_import_is_cheap():
-    code = """
-import sys, time
-start = time.perf_counter()
-import hf_vlmerge
-print(time.perf_counter() - start, "torch" in sys.modules, "transformers" in sys.modules)
-"""
-    best = min((run(code).split() for _ in range(3)), key=lambda words: float(words[0]))
-    assert best[1:] == ["False", "False"]
-    assert float(best[0]) < 0.1  # seconds
+    heavy = {"torch", "transformers", "numpy", "huggingface_hub", "typer"}
+    assert run(f"import sys, hf_vlmerge; print({heavy} & set(sys.modules))").strip() == "set()"
 
 
 def test_every_public_name_is_there_and_a_wrong_one_is_an_attribute_error():
