@@ -225,9 +225,10 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 def write_card(folder: Path, tuning: FineTuning, settings: dict, scores: dict[str, float], name: str | None) -> None:
     facts = tuning.card_facts()
     hub_id, start = facts.get("finetuned_from"), Path(tuning.checkpoint).resolve().name
+    scores = {name.removeprefix("eval_"): value for name, value in scores.items()}
     write_model_card(
         folder,
-        results={"validation split": scores} if scores else None,
+        scores={facts["dataset"]: scores} if scores else None,
         data=[facts["dataset"]],
         datasets=[facts["dataset_tags"]] if "dataset_tags" in facts else [],
         parents={hub_id: tuning.revision} if hub_id else None,

@@ -36,6 +36,7 @@ from hf_vlmerge.models.unival.tokenization_unival import MASK_TOKEN, SPECIAL_TOK
 from hf_vlmerge.training.stages import Stage
 
 MAX_CAPTION_TOKENS = 48
+METRICS = {"answers": "accuracy", "captions": "CIDEr-D", "boxes": "Acc@0.5"}
 IN_CARD = ("score", "standard_error", "best_baseline", "difference", "difference_error", "examples")
 
 
@@ -227,6 +228,7 @@ def main() -> None:
     write_model_card(
         arguments.output,
         results={name: {key: result[key] for key in IN_CARD} for name, result in results.items()},
+        scores={name: {METRICS[tasks[name].kind]: result["score"]} for name, result in results.items()},
         data=list(settings["batch"]),
         settings={"seed": arguments.seed} | settings["training"],
         summary="A small UnIVAL, trained from scratch on pictures, clips and sounds at once.",

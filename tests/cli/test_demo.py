@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from hf_vlmerge.cli import demo, main
@@ -54,6 +55,10 @@ def test_what_was_written_is_the_seeded_merge(out):
     card = (out / "README.md").read_text()
     assert "interpolation" in card
     assert "naive merge" in card
+    (run,) = json.loads((out / "results.json").read_text())["runs"]
+    recalls = run["arms"]["seeded_merge"]["before"]
+    measured = [result.metric_value for result in ModelCard(card).data.eval_results]
+    assert measured == [recalls[name] for name in ("tr_mean", "ir_mean", "mean")]
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     assert recipe["merge_method"] == "interpolation"
     merged = VlmoForPreTraining.from_pretrained(out).state_dict()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 
 from hf_vlmerge import UnivalForConditionalGeneration, VlmoForPreTraining
 from hf_vlmerge.hub.card import render, table, write_merge_card, write_model_card
@@ -93,6 +94,23 @@ def test_results_and_distances_are_tables(merged):
     assert "| merged | 0.5123 | 7 |" in card
     assert "| first-second | 0.25 |" in card
     assert "Nothing was recorded with this model." in render(report) and "\n\n\n" not in card
+
+
+def test_scores_of_the_model_are_for_the_hub_to_read(merged, trained):
+    report, _ = merged
+    scores = {"org/clips": {"CIDEr-D": 0.5}, "NLVR, questions": {"accuracy": 62.25, "top 5": 90.0}}
+    card = render(report, scores=scores)
+    assert "| org/clips | 0.5 |  |  |" in card and "| NLVR, questions |  | 62.25 | 90 |" in card
+    read = ModelCard(card).data
+    assert read.model_name == "out" and [result.metric_value for result in read.eval_results] == [0.5, 62.25, 90.0]
+    first, second, third = read.eval_results
+    assert (first.dataset_type, first.dataset_name, first.metric_type) == ("org/clips", "org/clips", "cider_d")
+    assert (second.dataset_type, third.metric_type, third.metric_name) == ("NLVR-questions", "top_5", "top 5")
+    assert first.task_type == "other"
+    write_model_card(trained, results={"captions": {"mean": 3.0}}, scores=scores)
+    card = (trained / "README.md").read_text()
+    assert "| captions | 3 |" in card and "| NLVR, questions |" not in card
+    assert {result.task_type for result in ModelCard(card).data.eval_results} == {front_matter(card)["pipeline_tag"]}
 
 
 def test_hashes_of_inputs_and_outputs_where_they_are_asked_for(merged):

@@ -359,8 +359,15 @@ def test_the_commands_say_what_is_missing(finished, capsys):
     assert "names repository and recipe itself" in capsys.readouterr().err
     assert main(["card", str(finished)]) == 1
     assert "finished has a README.md; say --overwrite" in capsys.readouterr().err
-    assert main(["card", str(finished), "--data", "shapes", "--license", "mit", "--overwrite"]) == 0
-    assert "license: mit" in (finished / "README.md").read_text()
+    scores = finished.parent / "scores.json"
+    scores.write_text('{"shapes": {"accuracy": 0.75}}')
+    command = ["card", str(finished), "--data", "shapes", "--license", "mit", "--scores", str(scores), "--overwrite"]
+    assert main(command) == 0
+    card = (finished / "README.md").read_text()
+    assert "license: mit" in card and "model-index" in card and "| shapes | 0.75 |" in card
+    scores.write_text('{"shapes": 0.75}')
+    assert main(command) == 1 and (finished / "README.md").read_text() == card
+    assert "expected {name: {name: value}}; 'shapes' is 0.75." in capsys.readouterr().err
     capsys.readouterr()
     assert main(["publish", str(finished), "org/a", "--dry-run", "--json"]) == 0
     assert "model.safetensors" in json.loads(capsys.readouterr().out)["files"]

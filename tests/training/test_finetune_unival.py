@@ -17,6 +17,7 @@ import pytest
 import soundfile
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -190,6 +191,8 @@ def test_the_loop_gives_the_losses_and_scores_of_the_trainer(run, settings, tmp_
     scores, others = (json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("out", "loop"))
     assert others == pytest.approx({name: scores[name] for name in others}, abs=1e-5)
     assert set(others) == {"eval_loss", "eval_grounding_accuracy"}
+    measured = ModelCard((tmp_path / "loop/README.md").read_text()).data.eval_results
+    assert {f"eval_{result.metric_name}": result.metric_value for result in measured} == others
     one, two = weights(tmp_path / "out"), weights(tmp_path / "loop")
     assert one.keys() == two.keys()
     for name, tensor in one.items():

@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
@@ -129,6 +130,9 @@ def test_the_script_trains_scores_and_saves(script, data, tmp_path, monkeypatch,
     assert results["grounding"]["baselines"] == {"constant box": 1.0, "box of the text": 1.0}
     assert all(0 <= result["score"] <= 10 and result["examples"] for result in results.values())
     assert "| questions" in (tmp_path / "out" / "results.md").read_text()
+    measured = ModelCard((tmp_path / "out" / "README.md").read_text()).data.eval_results
+    assert [result.metric_value for result in measured] == [result["score"] for result in results.values()]
+    assert {result.metric_name for result in measured} == {"accuracy", "CIDEr-D", "Acc@0.5"}
     model, processor = (each.from_pretrained(tmp_path / "out") for each in (AutoModelForSeq2SeqLM, AutoProcessor))
     inputs = processor(images=picture("red"), text="what color is it?")
     assert model.score_candidates(inputs, processor.answer_trie(["red", "blue"])).shape == (1, 2)

@@ -33,6 +33,7 @@ ARMS = {  # folder -> name in table and plot
 }
 MERGES = {"naive_merge": "specific", "seeded_merge": "seeded"}
 RESULTS = "results.json"
+RECALLS = {"tr_mean": "TR", "ir_mean": "IR", "mean": "both"}  # of texts, of images
 
 
 def run(*, out: Path, quick: bool, seeds: list[int]) -> None:
@@ -253,7 +254,9 @@ def publish(out: Path, runs: list[dict], work: Path, settings: dict[str, Any], t
 
     def finish(folder: Path, report) -> None:
         seeded = {f"{label}, vision-language": value for label, value in by_merge["seeded_merge"].items()}
-        write_merge_card(folder, report, results=rows, distances=seeded)
+        own = runs[0]["arms"]["seeded_merge"]["before"]
+        recalls = {f"{label} recall, mean of R@1, 5, 10": own[key] for key, label in RECALLS.items()}
+        write_merge_card(folder, report, results=rows, scores={"shapes": recalls}, distances=seeded)
         add_remote_code(folder)
         (folder / RESULTS).write_text(json.dumps({"settings": settings, "runs": runs}, indent=2), encoding="utf-8")
         (folder / "table.md").write_text(text + "\n", encoding="utf-8")
@@ -292,13 +295,12 @@ def percent(values: list[float]) -> str:
 
 def summary(runs: list[dict]) -> dict[str, dict[str, str]]:
     """One row an arm: recall (mean of R@1, 5, 10) of text and image retrieval and of both."""
-    columns = {"tr_mean": "TR", "ir_mean": "IR", "mean": "both"}
     return {
         name: {"parameters": f"{runs[0]['arms'][arm]['parameters']:,}"}
         | {
             f"{when}: {label}": percent(scores(runs, arm, when, key))
             for when in ("before", "after")
-            for key, label in columns.items()
+            for key, label in RECALLS.items()
         }
         for arm, name in ARMS.items()
     }

@@ -53,6 +53,9 @@ def text(done, dry_run: bool) -> str:
 def card(
     folder: Annotated[Path, typer.Argument(help="Folder with a trained or converted model.")],
     results: Annotated[Path | None, typer.Option(help="JSON of {row: {column: value}}.")] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="JSON of {data set: {metric: value}} of this model, for the Hub's metadata.")
+    ] = None,
     data: Annotated[list[str] | None, typer.Option(help="What it was trained on; give it again for more.")] = None,
     license: Annotated[str | None, typer.Option(help="Id of the licence, as apache-2.0.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the card that is there.")] = False,
@@ -70,4 +73,5 @@ def card(
     from hf_vlmerge.cli.convert import read_fields
     from hf_vlmerge.hub.card import write_model_card
 
-    print(write_model_card(folder, results=read_fields(results), data=data or [], license=license))
+    tables = {"results": read_fields(results), "scores": read_fields(scores)}
+    print(write_model_card(folder, **tables, data=data or [], license=license))

@@ -5,6 +5,7 @@ machine ends up on a public page. It says what was measured and recorded, and th
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def write_merge_card(
     report: MergeReport,
     *,
     results: Mapping[str, Mapping[str, Any]] | None = None,
+    scores: Mapping[str, Mapping[str, float]] | None = None,
     distances: Mapping[str, float] | None = None,
     license: str | None = None,
     hashes: bool = False,
@@ -32,6 +34,7 @@ def write_merge_card(
 
     Args:
         results: `{row: {column: value}}`, printed as one table.
+        scores: `{data set: {metric: value}}` of this very model, for the metadata; printed where there are no results.
         distances: `{"ssd, vision-language": value}`.
         license: SPDX-like id for the metadata, where the parents' is known.
         hashes: read the written weights once more, for their sha256; `publish` does it otherwise.
@@ -41,7 +44,7 @@ def write_merge_card(
     """
     folder = Path(folder)
     weights = provenance.weight_files(folder) if hashes else []
-    text = render(report, results=results, distances=distances, license=license, weights=weights)
+    text = render(report, results=results, scores=scores, distances=distances, license=license, weights=weights)
     (folder / provenance.NAME).write_text(provenance.text(report.sources), encoding="utf-8")
     return write(folder, text)
 
@@ -50,6 +53,7 @@ def write_model_card(
     folder: Path | str,
     *,
     results: Mapping[str, Mapping[str, Any]] | None = None,
+    scores: Mapping[str, Mapping[str, float]] | None = None,
     data: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
     license: str | None = None,
@@ -63,6 +67,7 @@ def write_model_card(
 
     Args:
         results: `{row: {column: value}}`, printed as one table.
+        scores: `{data set: {metric: value}}` of this very model, for the metadata; printed where there are no results.
         data: names of what the model was trained on, as the section about training lists them.
         settings: `{name: value}` of the training.
         license: SPDX-like id for the metadata.
@@ -76,6 +81,7 @@ def write_model_card(
 
     Raises:
         MergeError (a ValueError): the folder holds no weights.
+        ValueError: results or scores are not nested.
         FileNotFoundError: it holds no config.json.
     """
     folder = Path(folder)
@@ -94,13 +100,14 @@ def write_model_card(
         "model_card.md.jinja",
         config,
         metadata,
+        scores=scores,
         name=name,
         summary=summary,
         details=config_facts(config) | weight_facts(folder),
         data=data,
-        settings=table({key: {"value": value} for key, value in settings.items()}, "setting") if settings else "",
+        settings=table({key: {"value": value} for key, value in (settings or {}).items()}, "setting"),
         parents=[provenance.link(each) for each in inputs],
-        results=table(results) if results else "",
+        results=table(results or scores or {}),
         loading=loading(config, name),
         files=provenance.section(provenance.weight_files(folder), inputs),
         papers=[],
@@ -111,7 +118,13 @@ def write_model_card(
 
 
 def render(
-    report: MergeReport, *, results=None, distances=None, license: str | None = None, weights: Sequence = ()
+    report: MergeReport,
+    *,
+    results=None,
+    scores=None,
+    distances=None,
+    license: str | None = None,
+    weights: Sequence = (),
 ) -> str:
     """The card of a merge as text: YAML metadata, then Markdown."""
     config = report.config or {}
@@ -121,31 +134,65 @@ def render(
         "merge_card.md.jinja",
         config,
         merges.metadata(report) | {"license": license},
+        scores=scores,
         name=name,
         details=size if report.recipe.adapters else config_facts(config) | size,
         loading=merges.adapter_loading(name) if report.recipe.adapters else loading(config, name),
-        results=table(results) if results else "",
-        distances=table({pair: {"distance": value} for pair, value in distances.items()}) if distances else "",
+        results=table(results or scores or {}),
+        distances=table({pair: {"distance": value} for pair, value in (distances or {}).items()}),
         files=provenance.section(weights, report.sources),
         **merges.facts(report),
     )
 
 
 def fill(
-    template: str, config: Mapping[str, Any], metadata: Mapping[str, Any], *, papers: Sequence[str], **facts
+    template: str,
+    config: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    *,
+    name: str,
+    scores: Mapping[str, Mapping[str, float]] | None,
+    papers: Sequence[str],
+    **facts,
 ) -> str:
     """A template with its facts, after the block of metadata; the papers of the architecture follow the given ones."""
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, FileSystemLoader
 
     known = {"library_name": "transformers", "pipeline_tag": PIPELINE_TAGS.get(architecture_of(config))}
-    block = ModelCardData(**known | metadata).to_yaml()
+    index = {"model_name": name, "eval_results": model_index(scores, known["pipeline_tag"])} if scores else {}
+    block = ModelCardData(**known | metadata | index).to_yaml()
     papers = dict.fromkeys([*papers, *PAPERS_OF.get(config.get("model_type"), ())])
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
     )
-    body = environment.get_template(template).render(papers=[reference(paper) for paper in papers], **facts)
+    body = environment.get_template(template).render(name=name, papers=[reference(paper) for paper in papers], **facts)
     return f"---\n{block}\n---\n\n{body}"
+
+
+def model_index(scores: Mapping[str, Mapping[str, float]], task: str | None) -> list:
+    """`{data set: {metric: value}}` as the Hub reads it: an `EvalResult` a value. Ids of data sets on the Hub stay."""
+    from huggingface_hub import EvalResult
+
+    check_nested(scores)
+    return [
+        EvalResult(
+            task_type=task or "other",
+            dataset_type=re.sub(r"[^\w/.]+", "-", data),
+            dataset_name=data,
+            metric_type=re.sub(r"\W+", "_", metric.lower()),
+            metric_name=metric,
+            metric_value=value,
+        )
+        for data, values in scores.items()
+        for metric, value in values.items()
+    ]
+
+
+def check_nested(rows: Mapping[str, Any]) -> None:
+    flat = [name for name, row in rows.items() if not isinstance(row, Mapping)]
+    if flat:
+        raise ValueError(f"expected {{name: {{name: value}}}}; {flat[0]!r} is {rows[flat[0]]!r}.")
 
 
 def parent_inputs(parents: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -160,7 +207,10 @@ def write(folder: Path, text: str) -> Path:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], corner: str = "") -> str:
-    """`{row: {column: value}}` as Markdown; absent cells stay empty, floats get four digits."""
+    """`{row: {column: value}}` as Markdown, nothing of nothing; absent cells stay empty, floats get four digits."""
+    if not rows:
+        return ""
+    check_nested(rows)
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [f"| {corner}".rstrip() + " | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
