@@ -16,6 +16,15 @@ def shared() -> Path:
     return folder
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` are skipped, visibly, where there is none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("torch finds no GPU here")
+
+
 @pytest.fixture(scope="session")
 def auto_image_processor() -> None:
     """Old versions of transformers have AutoImageProcessor only beside torchvision: tests that use it are skipped."""

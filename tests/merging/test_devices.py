@@ -7,8 +7,6 @@ from hf_vlmerge.merging import MergeError, list_merge_methods, merge, merge_tens
 from hf_vlmerge.merging.program import BLOCK
 from tests.merging.every_method import recipe_for, write_inputs
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
-
 VARIANTS = [
     ("linear", {"normalize": False}),
     ("task_arithmetic", {"normalize": True, "scale": 0.3}),
@@ -53,7 +51,7 @@ def test_without_a_gpu_cuda_is_refused_before_anything_is_written(inputs, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("name", "parameters"), CASES, ids=str)
 def test_the_gpu_agrees_with_the_cpu(name, parameters, inputs):
     recipe = {**recipe_for(name, inputs), "parameters": parameters}
@@ -66,7 +64,7 @@ def test_the_gpu_agrees_with_the_cpu(name, parameters, inputs):
         torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-6 * float(value.abs().max()))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", list_merge_methods())
 def test_chunks_and_threads_change_no_byte_there_either(name, inputs, tmp_path):
     recipe = recipe_for(name, inputs)
@@ -77,7 +75,7 @@ def test_chunks_and_threads_change_no_byte_there_either(name, inputs, tmp_path):
     assert whole.read_bytes() == small.read_bytes()
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_not_finite_inputs_are_named_there_too():
     values = {"w": torch.tensor([1.0, float("nan")])}
     with pytest.raises(MergeError, match=r"w of .* contains NaN"):

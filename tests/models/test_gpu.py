@@ -20,7 +20,7 @@ from tests.models.unival import tiny as unival
 from tests.models.unival.test_image_codes import small
 from tests.models.vlmo import tiny as vlmo
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
