@@ -255,7 +255,7 @@ def publish(out: Path, runs: list[dict], work: Path, settings: dict[str, Any], t
     def finish(folder: Path, report) -> None:
         seeded = {f"{label}, vision-language": value for label, value in by_merge["seeded_merge"].items()}
         own = runs[0]["arms"]["seeded_merge"]["before"]
-        recalls = {f"{label} recall, mean of R@1, 5, 10": own[key] for key, label in RECALLS.items()}
+        recalls = {f"recall, {label}": own[key] for key, label in RECALLS.items()}
         write_merge_card(folder, report, results=rows, scores={"shapes": recalls}, distances=seeded)
         add_remote_code(folder)
         (folder / RESULTS).write_text(json.dumps({"settings": settings, "runs": runs}, indent=2), encoding="utf-8")
