@@ -133,7 +133,7 @@ class Loop:
             unit="step",
             disable=not accelerator.is_main_process,
         )
-        for group in islice(self.groups(), self.steps - self.done):
+        for group in islice(self.groups(), max(0, self.steps - self.done)):
             rate = self.schedule.get_last_lr()[0]
             self.window.append(self.step(group))
             self.done += 1
@@ -186,7 +186,7 @@ class Loop:
             scores |= {f"eval_{name}": value for name, value in found.items()}
         return scores
 
-    def save(self, folder: Path, scores: dict[str, float]) -> None:
+    def save(self, folder: Path, scores: dict[str, float], repo_id: str | None) -> None:
         """Model, processor, losses, scores and card, by the main process."""
         accelerator = self.accelerator
         weights = accelerator.get_state_dict(self.model)
@@ -195,7 +195,7 @@ class Loop:
             self.tuning.processor.save_pretrained(folder)
             (folder / "log_history.json").write_text(json.dumps(self.log_history, indent=2))
             (folder / "eval_results.json").write_text(json.dumps(scores, indent=2))
-            write_card(folder, self.tuning, self.settings(), scores, self.arguments.hub_model_id)
+            write_card(folder, self.tuning, self.settings(), scores, repo_id)
         accelerator.wait_for_everyone()
 
     def settings(self) -> dict[str, Any]:
@@ -238,13 +238,15 @@ def write_card(folder: Path, tuning: FineTuning, settings: dict, scores: dict[st
     )
 
 
-def push(folder: Path, arguments: LoopArguments) -> None:
-    api = HfApi()
-    repo = api.create_repo(
-        arguments.hub_model_id or folder.resolve().name, private=arguments.hub_private_repo, exist_ok=True
-    )
-    api.upload_folder(
-        repo_id=repo.repo_id, folder_path=folder, commit_message="End of training", ignore_patterns=["checkpoint-*/**"]
+def create_repository(arguments: LoopArguments) -> str:
+    """The name of the repository with its owner, as the card needs it."""
+    name = arguments.hub_model_id or Path(arguments.output_dir).resolve().name
+    return HfApi().create_repo(name, private=arguments.hub_private_repo, exist_ok=True).repo_id
+
+
+def push(folder: Path, repo_id: str) -> None:
+    HfApi().upload_folder(
+        repo_id=repo_id, folder_path=folder, commit_message="End of training", ignore_patterns=["checkpoint-*/**"]
     )
 
 
@@ -262,14 +264,16 @@ def main() -> None:
     loop = Loop(tuning, arguments, accelerator)
     if checkpoint:
         accelerator.load_state(checkpoint)
+    pushes = arguments.push_to_hub and accelerator.is_main_process
+    repo_id = create_repository(arguments) if pushes else None  # before the training: a login that fails costs nothing
     loop.run()
     scores = {} if tuning.validation is None else loop.evaluate()
     folder = Path(arguments.output_dir)
-    loop.save(folder, scores)
+    loop.save(folder, scores, repo_id)
     if accelerator.is_main_process:
         print(json.dumps(scores, indent=2))
-        if arguments.push_to_hub:
-            push(folder, arguments)
+        if repo_id:
+            push(folder, repo_id)
     accelerator.end_training()
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_vlmerge import metrics
-from hf_vlmerge.data.media_text import ARGUMENTS, Columns, MediaTextCollator
+from hf_vlmerge.data.media_text import ARGUMENTS, FIELD, Columns, MediaTextCollator
 from hf_vlmerge.data.streaming import (
     Examples,
     Spread,
@@ -159,7 +158,7 @@ def columns_of(data: DataTrainingArguments) -> Columns:
                 f"there is no prompt {data.prompt!r}{nearest(data.prompt, PROMPTS)}; there are {', '.join(PROMPTS)}, "
                 "or an instruction of your own with {column} in it."
             )
-        names = [name for _, name, _, _ in Formatter().parse(data.prompt) if name and name != "box"]
+        names = [name for name in FIELD.findall(data.prompt) if name != "box"]
         if data.text_column:
             raise ValueError(f"an instruction of your own names its columns; got text_column {data.text_column} too.")
         return Columns(media, {name: name for name in names}, data.target_column, data.box_column)

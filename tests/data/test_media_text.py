@@ -1,14 +1,19 @@
 """Batches of UnIVAL from examples with any columns."""
 
+import io
+import re
+import zipfile
+
 import pytest
 import torch
 from PIL import Image
 
 from hf_vlmerge.data.media_text import Columns, MediaTextCollator, cut_targets, media_arguments
+from hf_vlmerge.data.streaming import NUMBER
 from tests.models.unival.tiny_processor import tiny_processor
 
 PICTURE = Image.new("RGB", (40, 20), "red")
-EXAMPLE = {"picture": PICTURE, "question": "what colour?", "answer": ["red", "scarlet"], "number": 3}
+EXAMPLE = {"picture": PICTURE, "question": "what colour?", "answer": ["red", "scarlet"], NUMBER: 3}
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +49,45 @@ def test_a_template_names_its_columns(processor):
     assert "pixel_values" not in batch
 
 
+def test_a_template_takes_columns_of_any_name(processor):
+    columns = Columns({}, {"meta.q 1": "meta.q 1"}, "answer", None)
+    batch = MediaTextCollator(processor, columns, template="{meta.q 1} {x}")([EXAMPLE | {"meta.q 1": "why?"}])
+    assert processor.batch_decode(batch["input_ids"], skip_special_tokens=True) == [" why? {x}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": None}, "column 'answer' has None; expected a text."),
+        ({"answer": [{"answer": "yes"}]}, "column 'answer' has {'answer': 'yes'}; expected a text."),
+        ({"question": None}, "column 'question' has None; expected a text."),
+    ],
+)
+def test_what_is_no_text_is_not_learnt(processor, change, message):
+    columns = Columns({"image": "picture"}, {"question": "question"}, "answer")
+    collator = MediaTextCollator(processor, columns, "question_answering")
+    for make in (collator, collator.without_targets):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make([EXAMPLE | change])
+
+
+def test_pictures_in_an_archive_are_opened(processor, tmp_path):
+    buffer = io.BytesIO()
+    PICTURE.save(buffer, "PNG")
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        archive.writestr("a.png", buffer.getvalue())
+    there = {"bytes": None, "path": f"zip://a.png::{tmp_path / 'train.zip'}"}
+    collator = MediaTextCollator(
+        processor, Columns({"image": "picture"}, {"question": "question"}, "answer"), "question_answering"
+    )
+    expected, found = (collator([EXAMPLE | {"picture": picture}])["pixel_values"] for picture in (PICTURE, there))
+    assert torch.equal(found, expected) and collator.without_targets([EXAMPLE | {"picture": there}])["sizes"] == [
+        (20, 40)
+    ]
+
+
 def test_boxes_are_said_or_asked_about(processor):
-    example = {"picture": PICTURE, "text": "the half", "box": [20.0, 0.0, 40.0, 20.0], "caption": "red", "number": 0}
+    example = {"picture": PICTURE, "text": "the half", "box": [20.0, 0.0, 40.0, 20.0], "caption": "red", NUMBER: 0}
     grounding = MediaTextCollator(
         processor, Columns({"image": "picture"}, {"text": "text"}, None, "box"), "visual_grounding"
     )

@@ -4,7 +4,16 @@ import datasets
 import pytest
 from PIL import Image
 
-from hf_vlmerge.data.streaming import Examples, Spread, aligned, first_rows, only_columns, open_split, stream_examples
+from hf_vlmerge.data.streaming import (
+    NUMBER,
+    Examples,
+    Spread,
+    aligned,
+    first_rows,
+    only_columns,
+    open_split,
+    stream_examples,
+)
 
 ROWS = 7
 
@@ -37,7 +46,7 @@ def both(folder, count=None, lists=("questions", "answers")):
         )
         spread = Spread(lists, rows.features)
         found.append(list(stream_examples(rows, spread)) if streaming else list(Examples(rows, spread)))
-    numbers = [example.pop("number") for example in found[0]]
+    numbers = [example.pop(NUMBER) for example in found[0]]
     assert numbers == list(range(len(numbers)))
     return found
 
@@ -50,6 +59,26 @@ def test_a_stream_gives_the_examples_of_the_first_rows_in_order(folder, count, e
     assert all(each["answers"] == each["questions"].replace("question", "answer") for each in examples)
     assert examples[0]["kind"] == "even" and examples[1]["kind"] == "odd"
     assert isinstance(examples[0]["image"]["bytes"], bytes)  # decoded by the collator
+
+
+def test_a_split_is_its_own_files_alone(tmp_path):
+    for name in ("test", "testA", "test_std", "val", "validation"):
+        datasets.Dataset.from_dict({"split": [name]}).to_parquet(str(tmp_path / f"{name}.parquet"))
+    for name in ("test", "val"):
+        assert open_split(tmp_path, name)["split"] == [name]
+
+
+def test_a_column_called_number_stays_what_it_is(folder):
+    examples = Examples([{"number": "two"}, {"number": "three"}], Spread(()))
+    assert [example["number"] for example in examples] == ["two", "three"]
+
+
+def test_classes_in_lists_have_names_and_nothing_stays_nothing(tmp_path):
+    kind = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"all": datasets.List(kind), "one": kind})
+    rows = datasets.Dataset.from_dict({"all": [[1, 0], []], "one": [None, 1]}, features=features)
+    spread = Spread((), rows.features)
+    assert [spread(row)[0] for row in rows] == [{"all": ["yes", "no"], "one": None}, {"all": [], "one": "yes"}]
 
 
 def test_rows_without_lists_are_examples(folder):

@@ -5,13 +5,18 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
 from hf_vlmerge import UnivalForConditionalGeneration, VlmoForPreTraining
 from hf_vlmerge.hub.card import render, table, write_merge_card, write_model_card
+from hf_vlmerge.hub.facts import loading
+from hf_vlmerge.hub.merges import hub_names
+from hf_vlmerge.hub.publish import with_name
 from hf_vlmerge.merging import merge
 from tests.models.unival import tiny as unival
 from tests.models.vlmo import tiny as vlmo
@@ -25,8 +30,6 @@ SECTIONS = [
 
 @pytest.fixture
 def merged(tmp_path):
-    from safetensors.torch import save_file
-
     models = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
@@ -111,6 +114,65 @@ def test_scores_of_the_model_are_for_the_hub_to_read(merged, trained):
     card = (trained / "README.md").read_text()
     assert "| captions | 3 |" in card and "| NLVR, questions |" not in card
     assert {result.task_type for result in ModelCard(card).data.eval_results} == {front_matter(card)["pipeline_tag"]}
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int64, torch.tensor])
+def test_scores_may_be_scalars_of_numpy_and_torch(kind, merged):
+    card = render(merged[0], scores={"shapes": {"accuracy": kind(3)}})
+    (result,) = ModelCard(card).data.eval_results
+    assert result.metric_value == 3 and type(result.metric_value) in (int, float)
+    assert "| shapes | 3 |" in card and "python/object" not in card
+
+
+@pytest.mark.parametrize("value", [True, "0.5", None, np.ones(2), torch.ones(2, 2)])
+def test_a_score_that_is_no_number_is_named(value, merged):
+    with pytest.raises(ValueError, match="expected a number as 'accuracy' of 'shapes'; got ") as caught:
+        render(merged[0], scores={"shapes": {"accuracy": value}})
+    assert "\n" not in str(caught.value)
+
+
+def test_data_sets_that_the_hub_would_take_for_one_are_refused(merged):
+    scores = {"VQA v2": {"accuracy": 1.0}, "VQA-v2": {"accuracy": 0.5}}
+    with pytest.raises(ValueError, match="tell apart; 'VQA v2' and 'VQA-v2' are both 'VQA-v2' there"):
+        render(merged[0], scores=scores)
+
+
+def test_only_commits_make_base_models_of_the_parts_of_a_label():
+    commit = "0123456789" * 4
+    source = {"label": f"org/base@{commit}+vqa@10k", "revision": None}
+    assert hub_names(source) == ["org/base"]
+    assert hub_names({"label": "vqa@10k", "revision": None}) == []
+    assert hub_names({"label": "org/base", "revision": commit}) == ["org/base"]
+
+
+def test_a_merge_with_passes_is_not_said_to_read_once(merged):
+    assert "The merge read its inputs and wrote the result" in render(merged[0])
+
+
+@pytest.mark.parametrize(
+    ("auto_map", "auto"),
+    [
+        ({"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Writer"}, "AutoModelForCausalLM"),
+        ({"AutoTokenizer": ["code.Words", None], "AutoModel": "org/code--code.Writer"}, "AutoModel"),
+    ],
+)
+def test_code_that_travels_along_is_loaded_by_its_auto_class(auto_map, auto):
+    lines = loading({"architectures": ["Writer"], "auto_map": auto_map}, "org/x").splitlines()
+    assert lines[0] == f"from transformers import {auto}"
+    assert lines[-1] == f'model = {auto}.from_pretrained("org/x", trust_remote_code=True)'
+
+
+def test_weights_without_a_configuration_load_as_tensors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        Path(name).mkdir()
+        save_file({"a": torch.ones(2), "b": torch.ones(3)}, Path(name, "model.safetensors"))
+    merge({"merge_method": "linear", "models": ["first", "second"]}, "out", finish=write_merge_card, progress=False)
+    card = Path("out/README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    exec(code, scope := {})
+    assert scope["tensors"].keys() == {"a", "b"} and "AutoModel.from_pretrained" not in card
+    assert 'name = "org/x"' in with_name(card, "out", "org/x")
 
 
 def test_hashes_of_inputs_and_outputs_where_they_are_asked_for(merged):

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load
 
 from hf_vlmerge import UnivalForConditionalGeneration, VlmoForPreTraining, publish
 from hf_vlmerge.cli import main
 from hf_vlmerge.hub.card import write_model_card
-from hf_vlmerge.hub.provenance import section, with_section
+from hf_vlmerge.hub.checks import LARGEST_TEXT, LOCAL_PATH, PublishError, check_texts
+from hf_vlmerge.hub.provenance import section, weight_files, with_section
 from hf_vlmerge.hub.publication import Publication
 from hf_vlmerge.hub.publish import with_metadata, with_name
 from hf_vlmerge.merging import MergeError, merge_tensors
@@ -93,6 +95,17 @@ def add(name: str, text: str):
         (add("README.md", r"C:\Users\ann\vqa"), r"README.md names a path of this machine, 'C:\\\\Users"),
         (add("provenance.json", '{"inputs": [1]}'), "provenance.json is not as it was written: expected"),
         (add("README.md", "hf_" + "a1B2" * 8), "README.md holds what looks like an access token"),
+        (add("train.log", "hf_" + "a1B2" * 8), "train.log holds what looks like an access token"),
+        (add("run.sh", "cd /workspace/runs"), "run.sh names a path of this machine, '/workspace/runs'"),
+        (add("page.html", "<a href='/scratch2/ann/x'>"), "page.html names a path of this machine, '/scratch2/ann/x'"),
+        (
+            add("lines.jsonl", r'{"text": "see\n/data/vqa/x"}'),
+            "lines.jsonl names a path of this machine, '/data/vqa/x'",
+        ),
+        (add("look.ipynb", '{"source": ["/content/drive/x"]}'), "look.ipynb names a path of this machine, '/content/"),
+        (add("scaler.pkl", "x"), "scaler.pkl, which is pickled"),
+        (add("scaler.PICKLE", "x"), "scaler.PICKLE, which is pickled"),
+        (add("scaler.joblib", "x"), "scaler.joblib, which is pickled"),
     ],
 )
 def test_a_folder_that_must_not_be_published(change, message, finished):
@@ -100,6 +113,27 @@ def test_a_folder_that_must_not_be_published(change, message, finished):
     with pytest.raises(ValueError, match=message) as caught:
         publish(finished, "org/model")  # there is no Hub to ask in this process
     assert "\n" not in str(caught.value) and "a1B2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "place", ["data", "work", "workspace", "fsx", "gpfs", "lustre", "nfs", "scratch", "scratch1", "content", "kaggle"]
+)
+def test_where_clusters_keep_files(place):
+    assert LOCAL_PATH.search(f"from /{place}/ann/run")[0] == f"/{place}/ann/run"
+    assert not LOCAL_PATH.search(f"https://host.org/{place}/x, org/{place}/x, ./{place}/x and /{place}s")
+
+
+def test_what_is_no_text_is_not_read(finished):
+    (finished / "sound.raw").write_bytes(b"\xff /home/ann/x")
+    (finished / "vocab.txt").write_text("/home/ann/x")
+    add("long.log", "/home/ann/x\n" * (LARGEST_TEXT // 10))(finished)
+    assert {"sound.raw", "vocab.txt", "long.log"} <= publish(finished, "org/model", dry_run=True).files.keys()
+
+
+def test_the_cards_and_source_files_of_this_repository_could_be_published():
+    paths = [*ROOT.glob("*.md"), *ROOT.glob("src/hf_vlmerge/models/*/*.py"), *ROOT.glob("hub_configs/**/*.*")]
+    assert len(paths) > 10
+    check_texts(ROOT, [str(path.relative_to(ROOT)) for path in paths], {})
 
 
 def test_a_path_of_the_working_folder_is_found_wherever_it_is(finished):
@@ -158,6 +192,14 @@ def test_parents_pin_the_inputs_of_a_recipe():
         ({"repo_id": "org/a", "folder": "x", "private": "yes"}, "private can be true or false, not 'yes'"),
         ({"repo_id": "org/a", "folder": "x", "card": {"licence": "mit"}}, "'licence'; did you mean 'license'"),
         ({"repo_id": "org/a", "folder": "x", "parents": ["org/b"]}, "parents must be a mapping"),
+        ({"repo_id": "org/a", "folder": 5}, "publication.yaml: folder must be a name, not 5"),
+        ({"repo_id": "org/a", "folder": "x", "revision": 1.0}, "publication.yaml: revision must be a name, not 1.0"),
+        ({"repo_id": "org/a", "folder": "x", "message": 3}, "publication.yaml: message must be a name, not 3"),
+        (
+            {"repo_id": "org/a", "folder": "x", "card": {"language": [False]}},
+            r"language of card must be a string or a list of strings, not \[False\]; in YAML, quote",
+        ),
+        ({"repo_id": "org/a", "folder": "x", "card": {"tags": {"a": 1}}}, "tags of card must be a string or a list"),
     ],
 )
 def test_a_publication_with_a_mistake(content, message, tmp_path):
@@ -194,6 +236,47 @@ def test_metadata_are_merged_into_the_block():
     assert with_metadata(card, {"license": "mit", "tags": ["merge"]}) is card
     assert "tags:\n- merge\n- small\n" in with_metadata(card, {"tags": ["small"]})
     assert with_metadata("# A\n", {"license": "mit"}) == "---\nlicense: mit\n---\n\n# A\n"
+
+
+def test_tags_may_be_one_string_or_none():
+    card = with_metadata("---\ntags: merge\n---\n\n# A\n", {"tags": "small"})
+    assert card == "---\ntags:\n- merge\n- small\n---\n\n# A\n"
+    assert with_metadata("---\ntags:\n---\n\n# A\n", {"tags": ["a"]}) == "---\ntags:\n- a\n---\n\n# A\n"
+    assert with_metadata(none := "---\ntags:\n---\n\n# A\n", {}) is none
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ("- a", r"the metadata of README.md must be a mapping, not \['a'\]"),
+        ("a: [", "the metadata of README.md are not valid YAML: "),
+        ("tags: [5]", r"tags of the card must be a string or a list of strings, not \[5\]"),
+    ],
+)
+def test_metadata_that_are_wrong_are_one_sentence(block, message, finished):
+    (finished / "README.md").write_text(f"---\n{block}\n---\n\n# A\n")
+    with pytest.raises(PublishError, match=message) as caught:
+        publish(finished, "org/model", metadata={"license": "mit"}, dry_run=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_name_of_a_model_index_is_that_of_the_repository(models, tmp_path):
+    folder = shutil.copytree(models / "runs" / "caption", tmp_path / "runs7")
+    write_model_card(folder, scores={"shapes": {"accuracy": 0.75}})
+    card = with_name((folder / "README.md").read_text(), "runs7", "org/model")
+    read = ModelCard(card).data
+    assert read.model_name == "model" and read.eval_results[0].metric_value == 0.75 and "runs7" not in card
+    assert with_name(card, "runs7", "org/model") is card
+
+
+def test_weights_of_subfolders_are_listed_and_states_of_training_are_not(finished):
+    for name in ("vision/model.safetensors", "checkpoint-1/model.safetensors"):
+        (finished / name).parent.mkdir()
+        shutil.copyfile(finished / "model.safetensors", finished / name)
+    assert [each["name"] for each in weight_files(finished)] == ["model.safetensors", "vision/model.safetensors"]
+    (finished / "model.safetensors").unlink()
+    (nested,) = weight_files(finished)
+    assert nested["sha256"] == sha256((finished / "vision/model.safetensors").read_bytes())
 
 
 def test_the_example_loads_what_was_published():
@@ -350,6 +433,18 @@ print(json.dumps(said))
     moved, missing = run_code(hub, tmp_path, "-c", code)
     assert moved == "org/model has got another commit meanwhile; look at it and publish again"
     assert missing.startswith("org/other could not be published: 404") and "\n" not in missing
+
+
+@pytest.mark.parametrize("revision", ["main", "v9"])
+def test_a_parent_that_is_not_on_the_hub_is_named(revision, finished, tmp_path):
+    parent = "org/nobody" if revision == "main" else "org/start"
+    publication = {"repo_id": "org/trained", "folder": "finished", "parents": {parent: revision}}
+    (tmp_path / "trained.yaml").write_text(yaml.safe_dump(publication))
+    with HubServer({"org/start": {"c" * 40: {}}}, {"org/start": {"main": "c" * 40}}) as hub:
+        _, error = run(hub, tmp_path, ["publish", "trained.yaml"], fails=True)
+        assert set(hub.repos) == {"org/start"}
+    expected = f"the parent {parent!r} is not on the Hub with revision {revision!r}, or not for this login"
+    assert error == f"hf-vlmerge: {expected}\n"
 
 
 def test_the_commands_say_what_is_missing(finished, capsys):

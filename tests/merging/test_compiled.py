@@ -1,12 +1,13 @@
 """Compiled forms give the bits of the torch programs, and say the same of what is wrong."""
 
+import json
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_vlmerge.merging import MergeError, _compiled, get_merge_method, list_merge_methods, merge
+from hf_vlmerge.merging import MergeError, _compiled, get_merge_method, list_merge_methods, merge, merge_tensors
 from tests.merging.every_method import SHAPES
 
 pytest.importorskip("numba")
@@ -109,6 +110,50 @@ def test_runs_that_have_no_compiled_form_are_merged_all_the_same(inputs, always,
     for recipe in (mixed, half, rows):
         weights(recipe, tmp_path / "out")
     assert always == {"merge": 0, "split": 0}
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_views_that_give_float32_are_taken_as_such(method, inputs, always, tmp_path):
+    """An adapted member is read in float32, whatever its dtype is; one without the tensor as it is stored."""
+    target = "layers.0.weight"
+    rank = torch.Generator().manual_seed(3)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        factors = {
+            "base_model.model.layers.0.lora_A.weight": torch.randn(4, SHAPES[target][1], generator=rank),
+            "base_model.model.layers.0.lora_B.weight": torch.randn(SHAPES[target][0], 4, generator=rank),
+        }
+        save_file(factors, tmp_path / name / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["layers.0"]}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    base = inputs / "bfloat16" / "base"
+    recipe = {"merge_method": method, "base_model": str(base)}
+    recipe["models"] = [f"{base}+{tmp_path / 'first'}", f"{base}+{tmp_path / 'second'}", str(inputs / "bfloat16" / "a")]
+    expected = merge_tensors(recipe)  # in memory all goes the torch way
+    assert weights(recipe, tmp_path / "out") and always["merge"]
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(found[key].equal(value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "breadcrumbs"])
+def test_a_tensor_without_entries_is_merged_too(method, always, tmp_path):
+    for name in ("base", "a", "b"):
+        (tmp_path / name).mkdir()
+        save_file({"none": torch.empty(0, 3), "w": torch.randn(5)}, tmp_path / name / "model.safetensors")
+    recipe = {"merge_method": method, "models": [str(tmp_path / "a"), str(tmp_path / "b")]}
+    weights(recipe | ({} if method == "linear" else {"base_model": str(tmp_path / "base")}), tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors")["none"].shape == (0, 3)
+
+
+def test_infinities_that_elect_nobody_are_refused(always, tmp_path):
+    for name, value in (("base", 0.0), ("a", 3e38), ("b", -3e38)):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.full((4,), value)}, tmp_path / name / "model.safetensors")
+    models = [{"model": str(tmp_path / name), "parameters": {"weight": 1e30}} for name in "ab"]
+    recipe = {"merge_method": "ties", "base_model": str(tmp_path / "base"), "models": models}
+    recipe["parameters"] = {"elect": "weighted", "density": 1.0}
+    with pytest.raises(MergeError, match="do not fit into float32"):
+        weights(recipe, tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", ["linear", "ties"])

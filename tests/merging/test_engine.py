@@ -329,6 +329,7 @@ def test_finish_sees_the_folder_before_it_appears(folders):
 def test_an_error_at_any_point_leaves_everything_as_it_was(folders):
     (folders / "out").mkdir()
     (folders / "out" / "old.txt").write_text("old")
+    (folders / "out" / "config.json").write_text("{}")
     before = sorted(os.listdir(folders))
 
     def fail(folder, report):
@@ -345,6 +346,54 @@ def test_a_merge_may_replace_one_of_its_inputs(folders):
     expected = merge_tensors(by_name(folders))
     merge(by_name(folders), folders / "left", overwrite=True, progress=False)
     assert open_source(folders / "left")["layers.0.w"].equal(expected["layers.0.w"])
+
+
+def test_what_is_no_model_or_holds_inputs_is_not_replaced(folders, monkeypatch):
+    (folders / "thesis").mkdir()
+    (folders / "thesis" / "thesis.tex").write_text("years")
+    with pytest.raises(MergeError, match="'thesis' is a folder of something else than a model"):
+        merge(by_name(folders), folders / "thesis", overwrite=True, progress=False)
+    (folders / "config.json").write_text("{}")  # even where it looks like one
+    monkeypatch.chdir(folders)
+    before = sorted(folders.rglob("*"))
+    with pytest.raises(MergeError, match=r"the output '.*' is a folder above the input '\w+'"):
+        merge(by_name(folders), ".", overwrite=True, progress=False)
+    assert sorted(folders.rglob("*")) == before
+
+
+def test_float64_is_written_and_what_does_not_fit_is_refused_also_where_it_is_copied():
+    exact = {"w": torch.tensor([1.0, 2.0**-40], dtype=torch.float64)}
+    recipe = {"merge_method": "linear", "models": ["a", "b"]}
+    merged = merge_tensors(recipe, {"a": exact, "b": {"w": exact["w"] * 3}})
+    assert merged["w"].dtype == torch.float64 and merged["w"].equal(exact["w"] * 2)
+    large = {"w": torch.tensor([1e5, 1.0])}
+    half = recipe | {"out_dtype": "float16"}
+    kept = half | {"rules": [{"match": "*", "keep": "a"}]}
+    for each in (half, kept):
+        with pytest.raises(MergeError, match=r"w: values up to 1e\+05 do not fit into float16"):
+            merge_tensors(each, {"a": large, "b": large})
+    eight = {"w": torch.tensor([1.0, 2.0]).to(torch.float8_e5m2)}
+    assert merge_tensors(kept, {"a": eight, "b": eight})["w"].tolist() == [1.0, 2.0]
+
+
+def test_codes_are_not_averaged(folders):
+    codes, floats = {"w": torch.ones(3, dtype=torch.int8)}, {"w": torch.ones(3)}
+    recipe = {"merge_method": "linear", "models": ["a", "b"]}
+    for a, b in ((codes, floats), (floats, codes)):
+        with pytest.raises(MergeError, match=r"w: (int8|float32) in .* and (int8|float32) in .* cannot be averaged"):
+            merge_tensors(recipe, {"a": a, "b": b})
+    config = json.loads((folders / "left" / "config.json").read_text()) | {"quantization_config": {"bits": 4}}
+    (folders / "left" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MergeError, match="left is quantised"):
+        merge_tensors(by_name(folders))
+
+
+def test_a_rule_for_one_of_two_tied_tensors_is_refused():
+    w, v = torch.ones(2, 2), torch.zeros(2, 2)
+    sources = {"a": {"embed": w, "head": w}, "b": {"embed": v, "head": v}}
+    recipe = {"merge_method": "linear", "models": ["a", "b"], "rules": [{"match": "head", "keep": "a"}]}
+    with pytest.raises(MergeError, match="embed and head are tied, but the recipe merges them differently"):
+        merge_tensors(recipe, sources)
 
 
 def test_tied_tensors_are_merged_alike_or_not_at_all():

@@ -61,6 +61,17 @@ def test_a_worker_that_is_killed_is_one_sentence():
         together(2, work)
 
 
+@pytest.mark.parametrize("killed", [1, 2])
+def test_one_of_several_workers_that_was_killed_is_an_error(killed):
+    def work(team):
+        if team.index == killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return team.exchange(team.index)
+
+    with pytest.raises(MergeError, match="a worker process ended before its work was done"):
+        together(3, work)
+
+
 def test_an_error_in_a_worker_leaves_no_output(tmp_path):
     good = {name: {f"w{i}": torch.randn(50, 50) for i in range(6)} for name in "ab"}
     good["b"]["w3"][0, 0] = torch.nan

@@ -58,6 +58,12 @@ def killed_after(count: int, recipe: Path, output: Path) -> None:
     assert ran.returncode == -signal.SIGKILL
 
 
+def test_a_name_with_brackets_leaves_other_unfinished_merges_alone(recipe, tmp_path):
+    killed_after(2, recipe, tmp_path / "m1")
+    merge(recipe, tmp_path / "m[1]", progress=False)
+    assert len(left_over(tmp_path / "m1")) == 1
+
+
 def left_over(output: Path) -> list[Path]:
     return list(output.parent.glob(f".{output.name}.partial-*"))
 
@@ -67,9 +73,9 @@ def test_a_killed_merge_goes_on_after_what_it_had_finished(recipe, tmp_path, cou
     merge(recipe, tmp_path / "whole", progress=False)
     output = tmp_path / "out"
     output.mkdir()
-    (output / "old.txt").write_text("old")
+    (output / "config.json").write_text("old")
     killed_after(count, recipe, output)
-    assert files(output) == {"old.txt": b"old"} and len(left_over(output)) == 1
+    assert files(output) == {"config.json": b"old"} and len(left_over(output)) == 1
     report = merge(recipe, output, overwrite=True, progress=False)
     assert report.resumed == count and report.counts["merged"] == TENSORS
     assert files(output) == files(tmp_path / "whole") and not left_over(output)

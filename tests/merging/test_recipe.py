@@ -134,12 +134,28 @@ def test_mergekits_models_form():
         .replace("{model: {path", "{path")
         .replace("v1}}", "v1}")
     )
-    assert [m.model for m in recipe.models] == ["org/b", "org/a@v1"]  # a base among the models comes first
+    assert [m.model for m in recipe.models] == ["org/a@v1", "org/b"]
     assert recipe.notes[0] == "int8_mask: has no meaning here and is ignored" and len(recipe.notes) == 2
     merged = merge_tensors(recipe, {"org/a@v1": tensors(1.0), "org/b": tensors(10.0)})
     # weight of a is 0, .5, 1 over the layers of mlp and .5 elsewhere
     assert [merged[f"model.layers.{i}.mlp.w"][0].item() for i in range(3)] == [5.0, 5.5, 6.0]
     assert [merged[f"model.layers.{i}.attn.w"][0].item() for i in range(3)] == [5.5] * 3
+
+
+def test_folders_named_like_roles_get_other_aliases():
+    recipe = Recipe.load({"merge_method": "linear", "models": ["x/experts", "x/statistics", "x/base"]})
+    assert recipe.aliases == ("experts-1", "statistics-2", "base-3")
+    with pytest.raises(MergeError, match="'experts' is reserved"):
+        Recipe.load({"merge_method": "linear", "models": [{"model": "a", "alias": "experts"}, "b"]})
+
+
+def test_a_base_listed_among_the_models_is_the_first_where_no_weights_say_whose_is_whose():
+    models = {"base_model": "b", "models": ["a", "b"]}
+    assert Recipe.load({"merge_method": "slerp", **models}).aliases == ("b", "a")
+    weighted = {"merge_method": "linear", **models, "parameters": {"weights": [0.9, 0.1]}}
+    assert merge_tensors(weighted, {"a": {"w": torch.zeros(1)}, "b": {"w": torch.ones(1)}})[
+        "w"
+    ].item() == pytest.approx(0.1)
 
 
 def test_a_base_listed_among_the_models_is_no_member_of_a_delta_method():

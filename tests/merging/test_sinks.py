@@ -68,7 +68,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="two names are exchanged on Linux only")
 def test_an_output_is_replaced_in_one_step(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
+    (tmp_path / "out" / "config.json").touch()
     monkeypatch.setattr(sinks.os, "rename", lambda *_: pytest.fail("two steps"))
     with atomic_folder(tmp_path / "out", overwrite=True) as folder:
         (folder / "new").touch()
@@ -78,7 +78,7 @@ def test_an_output_is_replaced_in_one_step(tmp_path, monkeypatch):
 def test_an_output_is_replaced_where_names_cannot_be_exchanged(tmp_path, monkeypatch):
     monkeypatch.setattr(sinks, "exchange", lambda a, b: False)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
+    (tmp_path / "out" / "config.json").touch()
     with atomic_folder(tmp_path / "out", overwrite=True) as folder:
         (folder / "new").touch()
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["new"]
@@ -104,7 +104,7 @@ def test_an_output_below_a_file(tmp_path):
 def test_a_failing_rename_brings_the_old_folder_back(tmp_path, monkeypatch):
     monkeypatch.setattr(sinks, "exchange", lambda a, b: False)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
+    (tmp_path / "out" / "config.json").touch()
     rename = os.rename
 
     def broken(source, target):
@@ -115,7 +115,7 @@ def test_a_failing_rename_brings_the_old_folder_back(tmp_path, monkeypatch):
     monkeypatch.setattr(sinks.os, "rename", broken)
     with pytest.raises(PermissionError), atomic_folder(tmp_path / "out", overwrite=True) as folder:
         (folder / "new").touch()
-    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["old"]
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["config.json"]
 
 
 def test_flushing_can_be_left_out(tmp_path, monkeypatch):

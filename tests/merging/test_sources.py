@@ -151,7 +151,10 @@ def test_damaged_files_beside_the_weights(tmp_path):
     (tmp_path / "out" / "config.json").write_text("[1, 2]")
     with pytest.raises(MergeError, match=r"out: config\.json is not a JSON object"):
         open_source(tmp_path / "out")
+    (tmp_path / "out" / "config.json").unlink()
     (tmp_path / "out" / "model.safetensors.index.json").write_text("[]")
+    assert set(open_source(tmp_path / "out")) == set(TENSORS)  # as transformers has it: the index is an older one's
+    (tmp_path / "out" / "model.safetensors").unlink()
     with pytest.raises(MergeError, match=r"model\.safetensors\.index\.json is no index of shards"):
         open_source(tmp_path / "out")
 

@@ -367,6 +367,9 @@ def test_from_the_hub_and_to_the_hub(settings, checkpoint, tmp_path, script):
     commit, files = "1" * 40, {path.name: path.read_bytes() for path in Path(checkpoint).iterdir()}
     settings |= {"model_name_or_path": "org/base", "model_revision": "v1", "validation_split": "validation"}
     settings |= {"max_steps": 1, "push_to_hub": True, "hub_model_id": "org/tuned"}
+    if script == "finetune_unival":
+        settings |= {"hub_token": hub_server.TOKEN, "load_best_model_at_end": True, "eval_steps": 1, "save_steps": 1}
+        settings |= {"eval_strategy": "steps", "save_strategy": "steps"}
     with hub_server.HubServer({"org/base": {commit: files}}, {"org/base": {"main": commit, "v1": commit}}) as hub:
         command = [sys.executable, str(SCRIPTS / f"{script}.py"), *flags(for_script(script, settings))]
         environment = os.environ | hub.environment(tmp_path / "home", hub_server.TOKEN)
@@ -376,6 +379,8 @@ def test_from_the_hub_and_to_the_hub(settings, checkpoint, tmp_path, script):
     assert {"README.md", "config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= files.keys()
     assert files["model.safetensors"] == Path(settings["output_dir"], "model.safetensors").read_bytes()
     assert not any(name.startswith("checkpoint") for name in files)
+    for secret in (hub_server.TOKEN, str(tmp_path)):
+        assert not [name for name, content in files.items() if secret.encode() in content]
     card = files["README.md"].decode()
     metadata = yaml.safe_load(card.split("---\n")[1])
     assert metadata["base_model"] in ("org/base", ["org/base"])

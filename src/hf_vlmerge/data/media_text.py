@@ -5,11 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import fsspec
 import torch
 
 from hf_vlmerge.data.masking import IGNORED
 from hf_vlmerge.data.media import load_image
+from hf_vlmerge.data.streaming import NUMBER
 
+FIELD = re.compile(r"\{([^{}]+)\}")  # a column in an instruction
 ARGUMENTS = {"image": "images", "video": "videos", "audio": "audio"}  # of the processor
 
 
@@ -90,7 +93,7 @@ class MediaTextCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         targets = {}
         if self.columns.target:
-            targets["targets"] = [self.one_target(example[self.columns.target]) for example in examples]
+            targets["targets"] = [self.one_target(example) for example in examples]
         batch = dict(self.process(examples, with_box=True, **targets))
         if self.max_target_length:
             tokenizer = self.processor.tokenizer
@@ -103,18 +106,18 @@ class MediaTextCollator:
         pictures = [example.get(self.columns.media.get("image")) for example in decoded]
         return {
             "inputs": dict(self.process(decoded, with_box=self.columns.target is not None)),
-            "numbers": [example["number"] for example in examples],
-            "references": [example[self.columns.said[0]] for example in examples],
+            "numbers": [example[NUMBER] for example in examples],
+            "references": [self.reference(example) for example in examples],
             "sizes": [None if picture is None else picture.size[::-1] for picture in pictures],
         }
 
     def with_pictures(self, example: Mapping[str, Any]) -> dict[str, Any]:
         column = self.columns.media.get("image")
-        pictures = {column: load_image(example[column])} if column and example[column] is not None else {}
+        pictures = {column: load_image(opened(example[column]))} if column and example[column] is not None else {}
         return dict(example) | pictures
 
     def process(self, examples: Sequence[Mapping[str, Any]], with_box: bool, **targets):
-        media = [{kind: example[name] for kind, name in self.columns.media.items()} for example in examples]
+        media = [{kind: opened(example[name]) for kind, name in self.columns.media.items()} for example in examples]
         boxes = {"boxes": [example[self.columns.box] for example in examples]} if self.columns.box and with_box else {}
         return self.processor(
             **media_arguments(media),
@@ -128,22 +131,50 @@ class MediaTextCollator:
         )
 
     def instructions(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        texts = [{name: str(example[column]) for name, column in self.columns.texts.items()} for example in examples]
+        texts = [
+            {name: as_text(example[column], column) for name, column in self.columns.texts.items()}
+            for example in examples
+        ]
         if self.task is None:
             return {"text": [fill(self.template, each) for each in texts]}
         return {"task": self.task, "text": texts} if self.columns.texts else {"task": self.task}
 
-    def one_target(self, target: Any) -> Any:
-        if not isinstance(target, (list, tuple)):
-            return str(target)
-        if not target or isinstance(target[0], int):  # image codes
+    def one_target(self, example: Mapping[str, Any]) -> Any:
+        target = self.reference(example)
+        if not isinstance(target, list) or not target or isinstance(target[0], int):  # one text, or image codes
             return target
-        return str(target[int(torch.randint(len(target), ()))] if self.random else target[0])
+        return target[int(torch.randint(len(target), ()))] if self.random else target[0]
+
+    def reference(self, example: Mapping[str, Any]) -> Any:
+        """A text, several that are all right, the codes of an image, or a box."""
+        column = self.columns.said[0]
+        value = example[column]
+        if column != self.columns.target:
+            return value
+        if not isinstance(value, (list, tuple)):
+            return as_text(value, column)
+        return [each if isinstance(each, int) else as_text(each, column) for each in value]
+
+
+def opened(medium: Any) -> Any:
+    """A medium as it is; the bytes of one that `datasets` has left in an archive or on a server."""
+    path = medium.get("path") if isinstance(medium, Mapping) and medium.get("bytes") is None else None
+    if not path or "://" not in path:
+        return medium
+    with fsspec.open(path, "rb") as file:
+        return file.read()
+
+
+def as_text(value: Any, column: str) -> str:
+    """What stands in a column, as a text."""
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"column {column!r} has {value!r:.80}; expected a text.")
+    return str(value)
 
 
 def fill(template: str, texts: Mapping[str, str]) -> str:
     """A template with texts in it; other braces stay."""
-    return re.sub(r"\{(\w+)\}", lambda found: texts.get(found[1], found[0]), template)
+    return FIELD.sub(lambda found: texts.get(found[1], found[0]), template)
 
 
 def cut_targets(

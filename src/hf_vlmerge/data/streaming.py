@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+NUMBER = "<number>"  # of an example, beside its columns
+
 
 def open_split(source: str | Path, split: str, *, config: str | None = None, streaming: bool = False):
     """
@@ -27,7 +29,8 @@ def open_split(source: str | Path, split: str, *, config: str | None = None, str
     if not Path(source).is_dir():
         return datasets.load_dataset(str(source), config, split=split, streaming=streaming)
     folder = Path(source, config or "")
-    files = sorted(str(path) for pattern in ("", "data/") for path in folder.glob(f"{pattern}{split}*.parquet"))
+    names = (f"{place}{split}{part}.parquet" for place in ("", "data/") for part in ("", "-*"))
+    files = sorted(str(path) for name in names for path in folder.glob(name))
     if not files:
         found = ", ".join(sorted(path.name for path in folder.rglob("*.parquet"))) or "no Parquet file"
         raise FileNotFoundError(f"expected {split}.parquet in {folder}; found {found}.")
@@ -100,12 +103,13 @@ class Spread:
 
     def __init__(self, lists: Sequence[str], features: Mapping[str, Any] | None = None):
         self.lists = list(lists)
+        parts = {column: getattr(feature, "feature", feature) for column, feature in (features or {}).items()}
         self.names: dict[str, Callable] = {
-            column: feature.int2str for column, feature in (features or {}).items() if hasattr(feature, "int2str")
+            column: feature.int2str for column, feature in parts.items() if hasattr(feature, "int2str")
         }
 
     def __call__(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        row = dict(row) | {column: name(row[column]) for column, name in self.names.items()}
+        row = dict(row) | {column: name(row[column]) for column, name in self.names.items() if row[column] is not None}
         if not self.lists:
             return [row]
         values = aligned(*(row[column] for column in self.lists))
@@ -120,7 +124,7 @@ class Spread:
 
 class Examples(torch.utils.data.Dataset):
     """
-    Examples by number, each with its `number`; a row is read when one of its examples is asked for.
+    Examples by number, each with its `NUMBER`; a row is read when one of its examples is asked for.
 
     Args:
         rows: of `only_columns`, or a list of such rows.
@@ -142,7 +146,7 @@ class Examples(torch.utils.data.Dataset):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         row, place = self.places[number]
-        return self.spread(self.rows[row])[place] | {"number": number}
+        return self.spread(self.rows[row])[place] | {NUMBER: number}
 
 
 def stream_examples(rows, spread: Spread, shuffle_buffer_size: int = 0, seed: int = 0):

@@ -175,18 +175,49 @@ def model_index(scores: Mapping[str, Mapping[str, float]], task: str | None) -> 
     from huggingface_hub import EvalResult
 
     check_nested(scores)
+    check_slugs(scores)
     return [
         EvalResult(
             task_type=task or "other",
-            dataset_type=re.sub(r"[^\w/.]+", "-", data),
+            dataset_type=slug(data),
             dataset_name=data,
             metric_type=re.sub(r"\W+", "_", metric.lower()),
             metric_name=metric,
-            metric_value=value,
+            metric_value=number(value, data, metric),
         )
         for data, values in scores.items()
         for metric, value in values.items()
     ]
+
+
+def slug(data: str) -> str:
+    """The name of a data set as the Hub writes it."""
+    return re.sub(r"[^\w/.]+", "-", data)
+
+
+def check_slugs(scores: Mapping[str, Any]) -> None:
+    first: dict[str, str] = {}
+    for data in scores:
+        other = first.setdefault(slug(data), data)
+        if other != data:
+            raise ValueError(
+                f"expected data sets that the Hub can tell apart; {other!r} and {data!r} are both {slug(data)!r} there."
+            )
+
+
+def plain(value: Any) -> Any:
+    """A scalar of numpy or torch as Python's own; anything else as it is."""
+    try:
+        return value.item() if hasattr(value, "item") else value
+    except (ValueError, RuntimeError):  # an array of several
+        return value
+
+
+def number(value: Any, data: str, metric: str) -> float:
+    found = plain(value)
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise ValueError(f"expected a number as {metric!r} of {data!r}; got {' '.join(repr(value).split())}.")
+    return found
 
 
 def check_nested(rows: Mapping[str, Any]) -> None:
@@ -214,6 +245,6 @@ def table(rows: Mapping[str, Mapping[str, Any]], corner: str = "") -> str:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [f"| {corner}".rstrip() + " | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
-        cells = (row.get(column, "") for column in columns)
+        cells = (plain(row.get(column, "")) for column in columns)
         lines.append(f"| {name} | " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |")
     return "\n".join(lines)

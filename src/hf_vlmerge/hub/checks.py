@@ -4,14 +4,18 @@ import re
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from hf_vlmerge.merging.tensors.sources import PICKLES, is_inside
 
 IGNORED = (".*", "*/.*", "__pycache__/*", "checkpoint-*")  # never uploaded: hidden files, states of training
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
-TEXTS = (".md", ".yaml", ".yml", ".json", ".jinja", ".txt", ".py", ".csv")
+PICKLED = (*PICKLES, ".pkl", ".pickle", ".joblib")
+LARGEST_TEXT = 10_000_000  # bytes; whatever is larger is not read
 LOCAL_PATH = re.compile(
-    r"(?:file://|(?<![\w.:/~-]))/(?:home|Users|root|mnt|tmp|private|scratch|media|var)/[^\s`'\"<>|)\]]+"
+    r"(?:file://|(?<![\w.:/~-])|(?<=\\[nrt]))/"  # in JSON, a path at the start of a line follows the letters \n
+    r"(?:home|Users|root|mnt|tmp|private|scratch\w*|media|var|data|work|workspace|fsx|gpfs|lustre|nfs|content|kaggle)/"
+    r"[^\s`'\"<>|)\]]+"
     r"|\b[A-Za-z]:\\+Users\\+[^\s`'\"<>|)\]]+"
 )
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
@@ -39,6 +43,18 @@ def check_repo_id(repo_id: str) -> None:
         )
 
 
+def strings(value: Any, where: str) -> list[str]:
+    """One string or a list of them, as a list."""
+    listed = list(value) if isinstance(value, list | tuple) else [value]
+    for each in listed:
+        if not isinstance(each, str) or not each:
+            raise PublishError(
+                f"{where} must be a string or a list of strings, not {value!r}; in YAML, quote what it reads as "
+                "something else, such as no"
+            )
+    return listed
+
+
 def files_of(folder: Path) -> list[str]:
     """The files of a folder that are uploaded, by their paths in it."""
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
@@ -50,7 +66,7 @@ def check_folder(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise PublishError(f"there is no folder {folder.name!r} to publish")
     names = files_of(folder)
-    pickled = [name for name in names if name.endswith(PICKLES)]
+    pickled = [name for name in names if name.lower().endswith(PICKLED)]
     if pickled:
         raise PublishError(
             f"{folder.name} holds {pickled[0]}, which is pickled and may run code when it is loaded: expected "
@@ -68,14 +84,21 @@ def check_folder(folder: Path) -> list[str]:
     return names
 
 
+def text_of(path: Path) -> str:
+    """The content of a file of text; nothing of a vocabulary, of a file of bytes and of one that is very large."""
+    if path.name in VOCABULARIES or path.stat().st_size >= LARGEST_TEXT:
+        return ""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""
+
+
 def check_texts(folder: Path, names: list[str], changed: Mapping[str, str]) -> None:
     """No text tells a path of this machine or a token; ``changed`` are texts that replace what the folder holds."""
     own = [str(path) for path in (Path.home(), Path.cwd(), folder.parent) if len(path.parts) > 2]
-    readable = [name for name in names if name.endswith(TEXTS) and Path(name).name not in VOCABULARIES]
-    for name in sorted({*readable, *changed}):
-        text = changed.get(name)
-        if text is None:
-            text = (folder / name).read_text(encoding="utf-8", errors="replace")
+    for name in sorted({*names, *changed}):
+        text = changed[name] if name in changed else text_of(folder / name)
         if TOKEN.search(text):
             raise PublishError(f"{name} holds what looks like an access token; remove it, and make a new token")
         found = LOCAL_PATH.search(text)

@@ -32,6 +32,16 @@ PIPELINE_TAGS = {
 AUTO_CLASSES = {"UnivalImageCodes": "AutoModel"} | {  # the first one of a class that has several
     name: auto for family in FAMILIES.values() for auto, name in reversed(family.models.items())
 }
+WEIGHTS_ALONE = """from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+
+name = "{name}"
+folder = name if Path(name).is_dir() else snapshot_download(name)
+tensors = {{}}
+for file in Path(folder).glob("*.safetensors"):
+    tensors |= load_file(file)"""
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
@@ -44,8 +54,14 @@ def is_ours(architecture: str) -> bool:
 
 
 def loading(config: Mapping[str, Any], name: str) -> str:
-    """Lines that load the model ``name``: with its class, and without this package where the code travels along."""
+    """Lines that load the model ``name``: with its class, and without this package where the code travels along; only
+    its tensors where nothing says what model they are."""
+    if not config:
+        return WEIGHTS_ALONE.format(name=name)
     architecture = architecture_of(config)
+    if not is_ours(architecture) and (auto := remote_class(config)):
+        call = f'{auto}.from_pretrained("{name}", trust_remote_code=True)'
+        return f"from transformers import {auto}\n\nmodel = {call}"
     package = "hf_vlmerge" if is_ours(architecture) else "transformers"
     lines = [f"from {package} import {architecture}", "", f'model = {architecture}.from_pretrained("{name}")']
     if is_ours(architecture) and architecture in AUTO_CLASSES:
@@ -53,6 +69,13 @@ def loading(config: Mapping[str, Any], name: str) -> str:
         lines += ["", "# or without the package hf_vlmerge", f"from transformers import {auto}", ""]
         lines += [f'model = {auto}.from_pretrained("{name}", trust_remote_code=True)']
     return "\n".join(lines)
+
+
+def remote_class(config: Mapping[str, Any]) -> str | None:
+    """The Auto class of a model whose code travels with it."""
+    classes = {auto: str(place).rpartition(".")[2] for auto, place in (config.get("auto_map") or {}).items()}
+    architecture = architecture_of(config)
+    return next((auto for auto, name in classes.items() if architecture in (name, auto)), None)
 
 
 def config_facts(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """What a merge's report says, as the card wants it."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from hf_vlmerge.merging import MergeReport, get_merge_method
 
 from .provenance import link
+
+COMMIT = re.compile(r"[0-9a-f]{40}")  # a local folder may have an "@" in its name, too
 
 
 def facts(report: MergeReport) -> dict[str, Any]:
@@ -41,10 +44,11 @@ def adapter_loading(name: str) -> str:
 
 
 def hub_names(source: Mapping[str, Any]) -> list[str]:
-    """The Hub ids behind a source: its own, or those of base and adapter, which stand in its label with revisions."""
+    """The Hub ids behind a source: its own, or those of base and adapter, which stand in its label with commits."""
     if source["revision"]:
         return [source["label"].partition("@")[0]]
-    return [part.partition("@")[0] for part in source["label"].split("+") if "@" in part]
+    parts = [part.partition("@") for part in source["label"].split("+")]
+    return [name for name, _, revision in parts if COMMIT.fullmatch(revision)]
 
 
 def name_of(report: MergeReport) -> str:

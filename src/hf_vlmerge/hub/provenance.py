@@ -11,6 +11,8 @@ from typing import Any
 
 from hf_vlmerge.merging.tensors import sha256_of
 
+from .checks import files_of
+
 NAME = "provenance.json"
 HEADING = "## Files"
 SECTION = re.compile(r"^## Files\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
@@ -38,8 +40,8 @@ def text(inputs: Iterable[Mapping[str, Any]]) -> str:
 
 def weight_files(folder: Path) -> list[dict[str, Any]]:
     """Name, bytes and sha256 of every weight file of a folder."""
-    paths = sorted(folder.glob("*.safetensors"))
-    return [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths]
+    names = [name for name in files_of(folder) if name.endswith(".safetensors")]
+    return [{"name": n, "size": (folder / n).stat().st_size, "sha256": sha256_of(folder / n)} for n in names]
 
 
 def section(weights: Iterable[Mapping[str, Any]], inputs: Iterable[Mapping[str, Any]]) -> str:

@@ -24,7 +24,7 @@ from hf_vlmerge.merging.planning import references
 from hf_vlmerge.merging.reading import mapping, text
 
 from .card import write_merge_card
-from .checks import PublishError, check_repo_id
+from .checks import PublishError, check_repo_id, strings
 from .publish import Published, publish
 
 METADATA = ("license", "datasets", "language", "pipeline_tag", "tags")
@@ -61,6 +61,9 @@ class Publication:
         check_repo_id(text(values.get("repo_id"), f"{path.name}: repo_id"))
         if bool(values.get("folder")) == bool(values.get("recipe")):
             raise PublishError(f"{path.name} needs either 'folder' (a finished model) or 'recipe' (a merge to make)")
+        for name in ("folder", "revision", "message"):
+            if values.get(name) is not None:
+                text(values[name], f"{path.name}: {name}")
         if values.get("private") not in (None, True, False):
             raise PublishError(f"{path.name}: private can be true or false, not {values['private']!r}")
         parents = mapping(values.get("parents") or {}, f"{path.name}: parents")
@@ -68,6 +71,8 @@ class Publication:
         if isinstance(values.get("recipe"), str):
             values["recipe"] = path.parent / values["recipe"]
         values["card"] = dict(mapping(values.get("card") or {}, f"{path.name}: card", METADATA))
+        for key, value in values["card"].items():
+            strings(value, f"{path.name}: {key} of card")
         return cls(**values)
 
     def pinned_recipe(self) -> Recipe:

@@ -16,7 +16,7 @@ from hf_vlmerge.merging import Recipe, merge
 
 from . import provenance
 from .card import START, parent_inputs
-from .checks import IGNORED, TOKEN, PublishError, check_folder, check_repo_id, check_texts, files_of
+from .checks import IGNORED, TOKEN, PublishError, check_folder, check_repo_id, check_texts, files_of, strings
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 FRONT_MATTER = re.compile(r"\A---\n(.*?)^---\n", re.MULTILINE | re.DOTALL)
@@ -168,13 +168,18 @@ def unknown_hashes(inputs: list[dict[str, Any]]) -> tuple[str, ...]:
 
 def with_reported_hashes(source: Mapping[str, Any]) -> dict[str, Any]:
     """An input on the Hub with its commit, its weight files and the sha256 that the Hub reports for them."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, errors
 
     files = source["files"]
     if not source["revision"] or (files and all(file["sha256"] for file in files)):
         return dict(source)
     name = source["label"].partition("@")[0]
-    info = HfApi().model_info(name, revision=source["revision"], files_metadata=True)
+    try:
+        info = HfApi().model_info(name, revision=source["revision"], files_metadata=True)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise PublishError(
+            f"the parent {name!r} is not on the Hub with revision {source['revision']!r}, or not for this login"
+        ) from None
     there = {each.rfilename: each for each in info.siblings or () if each.lfs}
     if not files:
         files = [{"name": n, "size": f.size, "sha256": None} for n, f in there.items() if n.endswith(".safetensors")]
@@ -182,28 +187,50 @@ def with_reported_hashes(source: Mapping[str, Any]) -> dict[str, Any]:
     return source | {"revision": info.sha, "files": hashed}
 
 
+def metadata_of(card: str) -> dict[str, Any]:
+    """The block of metadata of a card; empty where it has none."""
+    found = FRONT_MATTER.match(card)
+    try:
+        block = (yaml.safe_load(found[1]) if found else None) or {}
+    except yaml.YAMLError as error:
+        raise PublishError(f"the metadata of README.md are not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(block, dict):
+        raise PublishError(f"the metadata of README.md must be a mapping, not {block!r}")
+    return block
+
+
+def with_block(card: str, block: Mapping[str, Any]) -> str:
+    """A card with this block of metadata; the same text where it has it already."""
+    if block == metadata_of(card):
+        return card
+    text = yaml.safe_dump(block, sort_keys=False, allow_unicode=True, width=120)
+    found = FRONT_MATTER.match(card)
+    return f"---\n{text}---\n" + (card[found.end() :] if found else f"\n{card}")
+
+
 def with_metadata(card: str, metadata: Mapping[str, Any]) -> str:
     """A card whose block of metadata has these values, and these tags beside its own; the same text where it has them
     already."""
-    found = FRONT_MATTER.match(card)
-    block = (yaml.safe_load(found[1]) if found else None) or {}
+    block = metadata_of(card)
     new = block | {key: value for key, value in metadata.items() if value is not None}
-    if "tags" in new:
-        new["tags"] = list(dict.fromkeys([*(block.get("tags") or ()), *new["tags"]]))
-    if new == block:
-        return card
-    text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True, width=120)
-    return f"---\n{text}---\n" + (card[found.end() :] if found else f"\n{card}")
+    given = [tags for each in (block, metadata) if (tags := each.get("tags"))]
+    if given:
+        new["tags"] = list(dict.fromkeys(tag for tags in given for tag in strings(tags, "tags of the card")))
+    return with_block(card, new)
 
 
 def with_name(card: str, folder: str, repo_id: str) -> str:
     """A card whose example loads from the Hub, where it names the folder or what the folder was called when the card
-    was written; then the title follows."""
-    title = TITLE.search(card)
+    was written; then the title follows. A `model-index` follows always."""
+    title, repo = TITLE.search(card), repo_id.partition("/")[2]
     for name in {folder, title[1] if title else folder}:
         if any(f'"{name}"' in block for block in CODE.findall(card)):
             card = CODE.sub(lambda block, name=name: block[0].replace(f'"{name}"', f'"{repo_id}"'), card)
-            card = card.replace(f"\n# {name}\n", f"\n# {repo_id.partition('/')[2]}\n", 1)
+            card = card.replace(f"\n# {name}\n", f"\n# {repo}\n", 1)
+    block = metadata_of(card)
+    match block.get("model-index"):
+        case [{"name": _} as model]:
+            return with_block(card, block | {"model-index": [model | {"name": repo}]})
     return card
 
 

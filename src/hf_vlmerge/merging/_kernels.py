@@ -78,7 +78,7 @@ def merge(members, base, kept, below, upto, divisors, factors, weights, scale, o
             if before.size:
                 multiply(tau, before[m])
         if elected:
-            elect(numbers, count, zero, signs[:size])
+            bad |= elect(numbers, count, zero, signs[:size])
         start_sum(result[:size], numbers[0], after[0])
         for m in range(1, count):
             add(result[:size], numbers[m], after[m])
@@ -149,14 +149,18 @@ def give_signs(a, signs):
 
 @compiled
 def elect(numbers, count, zero, signs):
-    """Elected signs; of every member what has another sign becomes zero, the rest its magnitude."""
+    """Elected signs; of every member what has another sign becomes zero, the rest its magnitude. Says whether a sum is
+    no number: infinities of both signs would elect nobody, without a word."""
+    lost = np.uint8(0)
     start_sum(signs, numbers[0], np.float32(1))
     for m in range(1, count):
         add(signs, numbers[m], np.float32(1))
     for i in range(signs.size):
+        lost |= np.uint8(signs[i] != signs[i])
         signs[i] = np.float32(1) if signs[i] > 0 else np.float32(-1) if signs[i] < 0 else zero
     for m in range(count):
         agree(numbers[m][: signs.size], signs)
+    return lost != 0
 
 
 @compiled

@@ -130,6 +130,9 @@ class Trim(NamedTuple):
 
     def __call__(self, tau: Tensor) -> Tensor:
         for vector, lower, upper in zip(tau.unbind(), self.below, self.upto, strict=True):
+            if lower >= upper:
+                vector.zero_()
+                continue
             largest = None if upper == inf else torch.hardshrink(vector, upper)
             torch.hardshrink(vector, lower, out=vector)
             if largest is not None:

@@ -25,6 +25,7 @@ from .carrying import files_source, merged_config, verify, write_files
 from .devices import chunk_size_on, device_for, memory_limit
 from .errors import MergeError
 from .estimate import estimate, fit
+from .groups import Sources
 from .making import Maker, Sink, job_of, memory_of, output_of
 from .manifest import Manifest, fingerprint, unfinished
 from .planning import open_sources, plan
@@ -98,6 +99,7 @@ def merge(
             return report
         if output is None:
             raise MergeError("an output folder is needed")
+        check_inputs_stay(Path(output), opened)
         specs = {g.output: Spec(g.dtype, g.shape) for g in groups}
         reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed, place, compiled and load(alone=processes))
 
@@ -164,6 +166,15 @@ def merge_tensors(
         reader = Reader(opened, chunk_size, allow_nonfinite, recipe.seed, place)
         Run(jobs, {g.output for g in groups}, reader, sink, workers, progress=progress).make()
         return sink.tensors
+
+
+def check_inputs_stay(output: Path, sources: Sources) -> None:
+    """An output that replaces a folder may replace an input, but not a folder with inputs in it."""
+    output = output.expanduser().resolve()
+    for source in sources.values():
+        for place in (p for file in source.files if file.path for p in (file.path.absolute(), file.path.resolve())):
+            if output in place.parents and place.parent != output:
+                raise MergeError(f"the output {output.name!r} is a folder above the input {source.label!r}")
 
 
 class Tensors:

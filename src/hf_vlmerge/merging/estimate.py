@@ -105,8 +105,8 @@ def fit(jobs: Sequence[Job | MergeGroup], threads: int, chunk_size: int, limit: 
 
     Raises MergeError if one tensor alone needs more.
     """
-    if threads < 1:
-        raise MergeError(f"threads must be positive, not {threads}")
+    if not isinstance(threads, int) or threads < 1:
+        raise MergeError(f"threads must be positive, not {threads!r}")
     if limit is None or not jobs:
         return threads, chunk_size
     while True:

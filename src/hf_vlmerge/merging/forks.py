@@ -74,8 +74,10 @@ def together(count: int, work: Callable[[Fork], T]) -> list[T]:
             parent = os.getpid()
             pid = os.fork()
             if pid == 0:
-                for line in lines:
-                    line.close()
+                for mine, other in pairs:  # nobody else may hold an end: the parent hears when a process has gone
+                    mine.close()
+                    if other is not theirs:
+                        other.close()
                 be_a_copy(Fork(i, count, (theirs,)), work, parent)
             children.append(pid)
             theirs.close()

@@ -147,6 +147,7 @@ class Settler:
         first = next(iter(inputs.values()))
         for ref in (*inputs.values(), *((base,) if base else ())):
             self.check_shape(name, first, ref)
+            self.check_kind(name, first, ref)
         stored = self.sources[first.source].dtype(first.key)
         if not is_mergeable(stored):
             if stored.is_floating_point or stored.is_complex:
@@ -237,6 +238,13 @@ class Settler:
         if a != b:
             hint = "; if these are rows of tokens, say so by 'vocabulary'" if len(a) == 2 and a[1:] == b[1:] else ""
             raise MergeError(f"{name}: shapes differ, {a} in {describe(first)} and {b} in {describe(ref)}{hint}")
+
+    def check_kind(self, name: str, first: Ref, ref: Ref) -> None:
+        """Codes of a quantised model and integers are no numbers that floats can be averaged with."""
+        a, b = (self.sources[r.source].dtype(r.key) for r in (first, ref))
+        if is_mergeable(a) != is_mergeable(b):
+            kinds = f"{dtype_name(a)} in {describe(first)} and {dtype_name(b)} in {describe(ref)}"
+            raise MergeError(f"{name}: {kinds} cannot be averaged; say by a rule whose to keep")
 
     def parameters(
         self, method: MergeMethod, name: str, members: tuple[str, ...], rules: list[Rule]

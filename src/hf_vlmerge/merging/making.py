@@ -93,7 +93,8 @@ class Maker:
     def put(self, group: MergeGroup, start: int, values: Tensor, copied: bool = False) -> None:
         """The one rounding, to the output dtype, and the way out."""
         result = on_host(values.to(group.dtype))
-        if not copied and group.dtype.is_floating_point and not self.reader.allow_nonfinite:
+        cast = values.dtype != group.dtype
+        if (cast or not copied) and group.dtype.is_floating_point and not self.reader.allow_nonfinite:
             self.check_fit(group, values, result)
         self.sink.write(group.output, start, result)
         self.written(result.numel())
@@ -101,7 +102,8 @@ class Maker:
     def check_fit(self, group: MergeGroup, values: Tensor, result: Tensor) -> None:
         """Values beyond the largest number of the output dtype are an error. None is if their squares sum to less than
         that number's, which is far cheaper than a look at each."""
-        largest = torch.finfo(group.dtype).max
+        values = values.float() if values.dtype.itemsize == 1 else values
+        largest = min(torch.finfo(group.dtype).max, torch.finfo(torch.float32).max)
         if not float(values.dot(values)) < largest**2 and not all_finite(result):
             name = dtype_name(group.dtype)
             raise MergeError(f"{group.output}: values up to {values.abs().max():.4g} do not fit into {name}")

@@ -6,6 +6,7 @@ that was handed to the system, so a line is true once it is there; a machine tha
 list is believed only within one run of the machine.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -97,7 +98,10 @@ def unfinished(output: Path | str, key: str | None, *, overwrite: bool, fsync: b
     output = prepared(output, overwrite)
     folder = partial_folder(output, key or secrets.token_hex(8))
     forget_others(output, folder)
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise MergeError(f"the output {output.name!r} cannot be made: {error.strerror}") from error
     with locked(folder):
         try:
             if not is_of_this_run(folder):
@@ -126,7 +130,7 @@ def is_of_this_run(folder: Path) -> bool:
 
 def forget_others(output: Path, folder: Path) -> None:
     """Remove what other merges of this output left unfinished, unless one is at work there."""
-    for other in output.parent.glob(f".{output.name}.partial-*"):
+    for other in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):
         if other != folder and (other / LOCK).exists():
             with locked(other):
                 shutil.rmtree(other, ignore_errors=True)

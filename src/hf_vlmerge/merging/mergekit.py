@@ -77,13 +77,17 @@ def _path(place: Any) -> Any:
 
 
 def _place_base(content: dict[str, Any]) -> None:
-    """A base listed among the models: it is no member of a delta method, and the first member of any other."""
+    """A base listed among the models: it is no member of a delta method, and the first member where no weights say
+    whose is whose."""
     base, name = content.get("base_model"), content.get("merge_method")
     listed = [m for m in content["models"] if (m.get("model") if isinstance(m, Mapping) else m) == base]
     if base is None or not listed or name not in list_merge_methods():
         return
     others, method = [m for m in content["models"] if m not in listed], get_merge_method(name)
-    content["models"] = others if method.needs_base or method.takes_base else [*listed, *others]
+    if method.needs_base or method.takes_base:
+        content["models"] = others
+    elif not method.weighted:
+        content["models"] = [*listed, *others]
 
 
 def _name_vectors(content: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from .errors import MergeError
-from .groups import MergeGroup, Ref, Sources, group_by_expert, group_by_name
+from .groups import COPY, MergeGroup, Ref, Sources, group_by_expert, group_by_name
 from .recipe import ExpertLayout, Recipe
 from .tensors.sources import TensorSource, open_source
 from .views import viewed
@@ -52,6 +52,7 @@ def plan(recipe: Recipe, sources: Sources) -> list[MergeGroup]:
         groups = list(group_by_name(sources, recipe))
     check_depth(recipe, groups)
     check_ties(groups, sources)
+    check_quantised(groups, sources)
     return groups
 
 
@@ -62,14 +63,31 @@ def check_depth(recipe: Recipe, groups: list[MergeGroup]) -> None:
         raise MergeError(f"slices span {recipe.layers} layers of {depth}: layer stacking is not understood")
 
 
+def check_quantised(groups: list[MergeGroup], sources: Sources) -> None:
+    """What is averaged are weights, not the codes of a quantised model."""
+    for role in {ref.source for group in groups if group.method != COPY for ref in group.refs}:
+        if (sources[role].config or {}).get("quantization_config"):
+            raise MergeError(
+                f"{sources[role].label} is quantised (quantization_config in its config.json), and codes cannot be "
+                "averaged; save it dequantised first"
+            )
+
+
 def check_ties(groups: list[MergeGroup], sources: Sources) -> None:
-    """Outputs whose inputs are the same memory in every source are made alike, or they would no longer be tied."""
+    """Outputs whose inputs, or whose namesakes in every source, are the same memory are made alike, or they would no
+    longer be tied."""
     memory = {Ref(role, k): i for role, s in sources.items() for i, keys in enumerate(s.tied) for k in keys}
     first: dict[tuple, MergeGroup] = {}
     for group in groups:
-        shared = tuple((ref.source, memory.get(ref)) for ref in group.inputs)
-        if any(i is None for _, i in shared):
-            continue
-        other = first.setdefault(shared, group)
-        if any(getattr(other, part) != getattr(group, part) for part in ("method", "parameters", "weights")):
-            raise MergeError(f"{other.output} and {group.output} are tied, but the recipe merges them differently")
+        namesakes = [Ref(role, group.output) for role, source in sources.items() if group.output in source]
+        for refs in (group.inputs, namesakes):
+            shared = tuple((ref.source, memory.get(ref)) for ref in refs)
+            if not shared or any(i is None for _, i in shared):
+                continue
+            other = first.setdefault(shared, group)
+            if how(other) != how(group):
+                raise MergeError(f"{other.output} and {group.output} are tied, but the recipe merges them differently")
+
+
+def how(group: MergeGroup) -> tuple:
+    return group.method, group.parameters, group.weights, [ref.source for ref in group.inputs]

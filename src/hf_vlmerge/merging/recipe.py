@@ -18,7 +18,8 @@ from .reading import mapping, sequence, text
 from .registry import ALIASES, get_merge_method
 from .tensors.dtypes import parse_dtype
 
-RESERVED = ("base", "first")  # words with a meaning of their own in `keep`
+KEEPS = ("base", "first")  # words with a meaning of their own in `keep`
+RESERVED = (*KEEPS, "experts", "statistics")  # roles of sources
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def _parameter_uses(recipe: Recipe) -> Iterable[tuple[str, Mapping[str, Any]]]:
 
 
 def _known_members(rule: Rule, aliases: tuple[str, ...]) -> None:
-    keep = (rule.keep,) if rule.keep and rule.keep not in RESERVED else ()
+    keep = (rule.keep,) if rule.keep and rule.keep not in KEEPS else ()
     for alias in (*(rule.members or ()), *keep, *((rule.has,) if rule.has else ())):
         if alias not in aliases:
             raise MergeError(f"a rule names the member {alias!r}{nearest(alias, aliases)}")

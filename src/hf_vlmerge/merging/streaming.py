@@ -44,8 +44,8 @@ class Reader:
     compiled: bool = False  # offer runs as they are stored to what has a compiled form
 
     def __post_init__(self) -> None:
-        if self.chunk_size < 1:
-            raise MergeError(f"chunk_size must be positive, not {self.chunk_size}")
+        if not isinstance(self.chunk_size, int) or self.chunk_size < 1:
+            raise MergeError(f"chunk_size must be positive, not {self.chunk_size!r}")
 
     def stored(self, ref: Ref, start: int, stop: int) -> Tensor:
         """A run of one input in its own dtype, as it is."""
@@ -159,9 +159,9 @@ class Reader:
 
     def has_compiled_form(self, group: MergeGroup, unit: Unit) -> bool:
         """Whether runs of the group's inputs can be taken as they are stored."""
-        if not self.compiled or unit == "tensor" or self.allow_nonfinite:
+        if not self.compiled or unit == "tensor" or self.allow_nonfinite or 0 in group.shape:
             return False
-        dtypes = {self.sources[ref.source].dtype(ref.key) for ref in group.refs}
+        dtypes = {self.stored(ref, 0, 0).dtype for ref in group.refs}  # a view may give others than it says
         return len(dtypes) == 1 and dtypes <= SHIFTS.keys()
 
     def run_of(self, group: MergeGroup, start: int, stop: int) -> Stored:

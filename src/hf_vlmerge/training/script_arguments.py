@@ -81,9 +81,10 @@ def parse_arguments(*classes: type, arguments: Sequence[str] | None = None) -> t
     parser = HfArgumentParser(classes, allow_abbrev=False, usage="%(prog)s [SETTINGS.yaml] [--name value ...]")
     known = [each.name for one in classes for each in fields(one) if each.init]
     if given and Path(given[0]).suffix in (".yaml", ".yml", ".json"):
-        if not Path(given[0]).is_file():
-            parser.error(f"there is no file {given[0]!r}.")
-        given = flags(yaml.safe_load(Path(given[0]).read_text(encoding="utf-8"))) + given[1:]
+        try:
+            given = flags(read_settings(Path(given[0]))) + given[1:]
+        except ValueError as error:
+            parser.error(str(error))
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(
             given, return_remaining_strings=True, look_for_args_file=False
@@ -94,6 +95,19 @@ def parse_arguments(*classes: type, arguments: Sequence[str] | None = None) -> t
         name = rest[0].removeprefix("--").partition("=")[0]
         parser.error(f"there is no argument {rest[0]!r}{nearest(name, known)}.")
     return tuple(parsed)
+
+
+def read_settings(path: Path) -> Mapping[str, Any]:
+    """The settings of a YAML or JSON file; what is wrong with it is a ValueError of one sentence."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r}.")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{path.name}: expected a mapping of names to values; got {settings!r}.")
+    return settings
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:

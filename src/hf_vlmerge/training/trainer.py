@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from hf_vlmerge.training.groups import decayed_parameters, head_parameters
 from hf_vlmerge.training.objectives import check_loss_options, has_loss_options, loss_options
@@ -83,6 +84,18 @@ class VlmergeTrainer(Trainer):
             scores = self.score(self.model)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        """As the library's, without the pickled arguments beside the model: they hold a login of the Hub, no loader
+        wants them, and everything here goes there."""
+        super()._save(output_dir, state_dict)
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def save_state(self) -> None:
+        """As the library's; the best checkpoint is named by the last part of its path."""
+        best = self.state.best_model_checkpoint
+        self.state.best_model_checkpoint = best and Path(best).name
+        super().save_state()
 
     def create_model_card(self, *args, **kwargs) -> None:
         """As the library's, which takes a model that does not come from the Hub for one trained from scratch."""

@@ -81,6 +81,7 @@ def test_breadcrumbs_by_hand():
     close(breadcrumbs([A], base=BASE, density=0.75, gamma=0.5), [[1.0, 0.0], [3.0, 1.5]])
     close(breadcrumbs([A], base=BASE, density=1.0, gamma=0.5), A.tolist())
     close(breadcrumbs([A], base=BASE, density=0.1, gamma=0.0), BASE.tolist())
+    close(breadcrumbs([A, B], base=BASE, density=[0.1, 0.0], gamma=0.25), BASE.tolist())  # outliers go even so
     # within rows of two: the smaller one of each
     close(breadcrumbs([A], ranked_over="row", **{**options, "gamma": 0.5}), [[1.0, 0.0], [1.0, 1.5]])
 

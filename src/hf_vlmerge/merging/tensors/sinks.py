@@ -84,6 +84,14 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
         raise MergeError(f"the output {output.name!r} exists; choose another name or ask to overwrite it")
     if os.path.lexists(output) and not output.is_dir():
         raise MergeError(f"the output {output.name!r} is a file, not a folder")
+    if os.path.lexists(output) and not is_a_model(output):
+        raise MergeError(f"the output {output.name!r} is a folder of something else than a model; choose another name")
+
+
+def is_a_model(folder: Path) -> bool:
+    """Whether a folder is empty, or has at its top what a model has: only such a one is replaced."""
+    names = os.listdir(folder)
+    return not names or any(name == "config.json" or name.endswith((".safetensors", ".bin")) for name in names)
 
 
 def replace_folder(new: Path, output: Path) -> None:

@@ -243,7 +243,7 @@ def folder_weights(folder: Path, label: str) -> TensorSource:
         index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
         if not index.is_file() and not single.is_file():
             continue
-        shards = read_index(index, label) if index.is_file() else {single: None}
+        shards = {single: None} if single.is_file() else read_index(index, label)  # as transformers prefers it
         return SafetensorsSource(shards, label) if suffix == "safetensors" else pickle_source(shards, label)
     if (folder / "adapter_config.json").is_file():
         raise MergeError(
