@@ -86,8 +86,7 @@ class VlmergeTrainer(Trainer):
         return output
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        """As the library's, without the pickled arguments beside the model: they hold a login of the Hub, no loader
-        wants them, and everything here goes there."""
+        """As the library's, without its pickled arguments: they hold paths of this machine; no loader wants them."""
         super()._save(output_dir, state_dict)
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
