@@ -1,6 +1,7 @@
 """`hf-vlmerge merge`: run a recipe."""
 
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -44,10 +45,13 @@ def merge(
     if not recipe.is_file():
         raise FileNotFoundError(f"the recipe {recipe} is not a file.")
 
+    gc.disable()  # while torch makes a million objects that stay
     from hf_vlmerge.auto import add_remote_code
     from hf_vlmerge.hub.card import write_merge_card
     from hf_vlmerge.merging import MergeReport, Recipe
     from hf_vlmerge.merging import merge as run
+
+    gc.enable()
 
     def finish(folder: Path, report: MergeReport) -> None:
         write_merge_card(folder, report, hashes=hash_inputs)

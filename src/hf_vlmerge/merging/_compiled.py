@@ -2,6 +2,7 @@
 enough to be worth its start. The torch programs define the result; a compiled form gives the same, bit for bit.
 """
 
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -38,12 +39,24 @@ def load(alone: bool = False) -> bool:
     it does without where nobody else in this process asks numba for it (``alone``).
     """
     try:
-        with absent("scipy") if alone else nullcontext():
+        with absent("scipy") if alone else nullcontext(), uncollected():
             kernels = import_module("._kernels", __package__)
             kernels.magnitudes(NOTHING.copy())
     except (ImportError, RuntimeError):  # numba does not fit to NumPy, or finds no place for what it compiles
         return False
     return True
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Nobody looks for garbage: numba makes objects by the hundred thousand, and they stay."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @contextmanager
