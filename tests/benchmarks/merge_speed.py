@@ -6,9 +6,10 @@ Run: `make peer && .venv/bin/python -m tests.benchmarks.merge_speed [--size 1b] 
 Both tools run the same recipe on the same Llama-shaped bfloat16 checkpoints (a base and three copies with small noise),
 two threads, warm page cache, in turn. "whole" is the time of the process from its start to its end, "inside" that of
 the merge alone, after the imports (for ours, numba's too). Memory is the largest sum of anonymous memory (Pss_Anon)
-over all its processes that was seen. Ours runs without the flush to disk, as mergekit does, and once more with it; TIES
-is trimmed by tensors, as there. Otherwise each tool computes its own variant of a formula; "compat" is ours with
-`compat: mergekit`, whose L1 factors take a pass more.
+over all its processes that was seen, in a run of its own before the others: to look takes a good part of a core. Ours
+runs without the flush to disk, as mergekit does, and once more with it; TIES is trimmed by tensors, as there. Otherwise
+each tool computes its own variant of a formula; "compat" is ours with `compat: mergekit`, whose L1 factors take a pass
+more.
 """
 
 import argparse
@@ -61,6 +62,7 @@ from hf_vlmerge.merging import merge
 from hf_vlmerge.merging._compiled import load
 load(alone=True)
 gc.set_threshold(50_000, 20, 100)  # as the command does
+gc.freeze()
 start = time.perf_counter()
 merge(sys.argv[1], sys.argv[2], threads=int(sys.argv[3]), processes=True, fsync=False, finish=write_merge_card)
 print("INSIDE", time.perf_counter() - start)
@@ -116,29 +118,37 @@ def our_recipe(method: str, folder: Path) -> dict:
     return recipe
 
 
-def measured(command: list[str], out: Path) -> tuple[float, float, float]:
-    """Seconds of the whole process, seconds inside (0 where it does not say), peak anonymous memory in MB."""
+def started(command: list[str], out: Path) -> subprocess.Popen:
     shutil.rmtree(out, ignore_errors=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
-    start = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    peak = [0.0]
-    watcher = threading.Thread(target=watch, args=(process.pid, peak))
-    watcher.start()
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen) -> str:
+    """What it said."""
     said, complaint = process.communicate()
-    whole = time.perf_counter() - start
-    watcher.join()
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{complaint[-2000:]}")
+        raise SystemExit(f"{' '.join(process.args)}\n{complaint[-2000:]}")
+    return said
+
+
+def timed(command: list[str], out: Path) -> tuple[float, float]:
+    """Seconds of the whole process, and seconds inside (0 where it does not say)."""
+    start = time.perf_counter()
+    said = ended(started(command, out))
+    whole = time.perf_counter() - start
     inside = [float(line.split()[1]) for line in said.splitlines() if line.startswith("INSIDE")]
-    return whole, inside[0] if inside else 0.0, peak[0]
+    return whole, inside[0] if inside else 0.0
 
 
-def watch(pid: int, peak: list[float]) -> None:
-    """Keep the largest anonymous memory of a process and its copies until it ends; what they share counts once."""
-    while Path(f"/proc/{pid}/status").exists() and (now := anonymous(pid)):
-        peak[0] = max(peak[0], now)
+def peak_memory(command: list[str], out: Path) -> float:
+    """The largest anonymous memory of a process and its copies in MB; what they share counts once."""
+    process, peak = started(command, out), 0.0
+    while now := anonymous(process.pid):
+        peak = max(peak, now)
         time.sleep(0.05)
+    ended(process)
+    return peak
 
 
 def anonymous(pid: int) -> float:
@@ -218,17 +228,22 @@ def main() -> None:
             commands["compat"] = [sys.executable, str(our_code), str(files["compat"]), str(out), str(THREADS)]
         if not options.ours_only and method != GLOBAL_TIES:
             commands["peer"] = [str(PEER), str(peer_code), str(files["theirs"]), str(out), str(THREADS)]
+        peaks = {}
+        for name in commands.keys() & {"ours", "peer"}:
+            peaks[name] = peak_memory(commands[name], out)
+            if method == "linear":
+                print(f"{name}: {errors(folder, out)}", flush=True)
         found: dict[str, list] = {name: [] for name in [*commands, "copy"]}
         names = MEMBERS if method == "linear" else ("base", *MEMBERS)
         for _ in range(options.repeats):
-            found["copy"].append((plain_copy(folder, out, names), 0.0, 0.0))
-            for name, command in commands.items():
-                found[name].append(measured(command, out))
-                if method == "linear" and name in ("ours", "peer") and len(found[name]) == 1:
-                    print(f"{name}: {errors(folder, out)}", flush=True)
             shutil.rmtree(out, ignore_errors=True)
+            found["copy"].append((plain_copy(folder, out, names), 0.0))
+            for name, command in commands.items():
+                found[name].append(timed(command, out))
+        shutil.rmtree(out, ignore_errors=True)
         rows[method] = {
-            name: [statistics.median(column) for column in zip(*runs, strict=True)] for name, runs in found.items()
+            name: [*map(statistics.median, zip(*runs, strict=True)), peaks.get(name, 0.0)]
+            for name, runs in found.items()
         }
         print(line(method, rows[method]), flush=True)
     print("\n" + table(rows))

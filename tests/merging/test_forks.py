@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,36 @@ from hf_vlmerge.merging.forks import can_fork, together
 pytestmark = pytest.mark.skipif(not can_fork(), reason="workers are copies on Linux only")
 
 
+def run(count, work):
+    with together(count, work):
+        pass
+
+
 def test_everybody_hears_everybody():
     def work(team):
         first = team.exchange(team.index * 10)
         second = team.exchange(torch.full((3,), team.index))
         return team.index, team.first, first, torch.stack(second).sum().item()
 
-    assert together(3, work) == [(i, i == 0, [0, 10, 20], 9) for i in range(3)]
+    with together(3, work) as results:
+        assert results == [(i, i == 0, [0, 10, 20], 9) for i in range(3)]
+
+
+def test_every_item_is_taken_once_and_who_is_slow_takes_less():
+    def work(team):
+        turns = team.turns(range(300))
+        if team.first:
+            taken = [*islice(turns, 1)]
+            team.exchange(None)  # until the others have nothing left
+            return taken + list(turns)
+        taken = list(turns)
+        team.exchange(None)
+        return taken
+
+    with together(3, work) as results:
+        assert sorted(item for taken in results for item in taken) == list(range(300))
+        assert all(taken == sorted(taken) for taken in results)
+        assert len(results[0]) <= 1
 
 
 @pytest.mark.parametrize("who", [0, 1, 2])
@@ -34,7 +58,7 @@ def test_the_error_of_any_is_raised_and_nobody_is_left(who):
         return os.getpid()
 
     with pytest.raises(MergeError, match=f"process {who} failed"):
-        together(3, work)
+        run(3, work)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)  # no child is left
 
@@ -48,7 +72,7 @@ def test_an_error_that_cannot_travel_is_told_in_words():
             raise Local("of a class that others do not know")
 
     with pytest.raises(MergeError, match="Local: of a class that others do not know"):
-        together(2, work)
+        run(2, work)
 
 
 def test_a_worker_that_is_killed_is_one_sentence():
@@ -58,7 +82,7 @@ def test_a_worker_that_is_killed_is_one_sentence():
         return team.exchange(None)
 
     with pytest.raises(MergeError, match="a worker process ended before its work was done"):
-        together(2, work)
+        run(2, work)
 
 
 @pytest.mark.parametrize("killed", [1, 2])
@@ -69,7 +93,7 @@ def test_one_of_several_workers_that_was_killed_is_an_error(killed):
         return team.exchange(team.index)
 
     with pytest.raises(MergeError, match="a worker process ended before its work was done"):
-        together(3, work)
+        run(3, work)
 
 
 def test_an_error_in_a_worker_leaves_no_output(tmp_path):
@@ -97,7 +121,8 @@ def work(team):
     while True:
         time.sleep(0.05)
 
-together(3, work)
+with together(3, work):
+    pass
 """
 
 

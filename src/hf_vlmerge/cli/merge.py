@@ -45,12 +45,13 @@ def merge(
     if not recipe.is_file():
         raise FileNotFoundError(f"the recipe {recipe} is not a file.")
 
-    gc.disable()  # while torch makes a million objects that stay
+    gc.disable()  # torch makes a million objects that stay: nobody looks through them, now or later
     from hf_vlmerge.auto import add_remote_code
     from hf_vlmerge.hub.card import write_merge_card
     from hf_vlmerge.merging import MergeReport, Recipe
     from hf_vlmerge.merging import merge as run
 
+    gc.freeze()
     gc.enable()
 
     def finish(folder: Path, report: MergeReport) -> None:

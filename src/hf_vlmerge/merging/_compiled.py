@@ -35,13 +35,13 @@ def is_worth_it(entries: int) -> bool:
 def load(alone: bool = False) -> bool:
     """Load numba and the kernels, for all copies that this process will make of itself; says whether they can be used.
 
-    Numba loads most of itself when the first compiled function is called. Half of that is SciPy's linear algebra, which
-    it does without where nobody else in this process asks numba for it (``alone``).
+    Numba loads most of itself when the first compiled function is called. Half of that is for SciPy's linear algebra
+    and for cffi, which it does without where nobody else in this process asks numba for them (``alone``).
     """
     try:
-        with absent("scipy") if alone else nullcontext(), uncollected():
+        with absent("scipy", "cffi") if alone else nullcontext(), uncollected():
             kernels = import_module("._kernels", __package__)
-            kernels.magnitudes(NOTHING.copy())
+            kernels.multiply(NOTHING.copy(), np.float32(1))
     except (ImportError, RuntimeError):  # numba does not fit to NumPy, or finds no place for what it compiles
         return False
     return True
@@ -60,16 +60,15 @@ def uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def absent(name: str) -> Iterator[None]:
-    """A package that was not imported before cannot be."""
-    if name in sys.modules:
-        yield
-        return
-    sys.modules[name] = None
+def absent(*names: str) -> Iterator[None]:
+    """Packages that were not imported before cannot be."""
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
     try:
         yield
     finally:
-        del sys.modules[name]
+        for name in hidden:
+            del sys.modules[name]
 
 
 class Election(NamedTuple):
@@ -170,8 +169,8 @@ def split_stored(run: Stored, deltas: bool, limits: np.ndarray) -> list[tuple[in
 
     members, base = bits_of(run), base_bits(run)
     counts = np.empty(limits.shape, np.int64)
-    found = np.empty((*limits.shape[:2], run.count), np.float32)
+    found = np.empty((*limits.shape[:2], run.count + 1), np.float32)  # what is looked at last may go there
     if split(members, base if deltas else base[:0], np.uint32(SHIFTS[run.dtype]), limits, counts, found):
         raise NotFinite
-    each = zip(counts.reshape(-1, 3).tolist(), found.reshape(-1, run.count), strict=True)
+    each = zip(counts.reshape(-1, 3).tolist(), found.reshape(-1, run.count + 1), strict=True)
     return [(above, ties, values[:count].copy()) for (above, ties, count), values in each]

@@ -2,8 +2,10 @@
 
 A number is taken as its bits: those of bfloat16 are shifted to become float32, those of float32 by nothing. Loops go
 over blocks that stay in the smallest cache, and over members outside of entries, so that each becomes vector
-instructions; numba fuses no multiplication with an addition, so every step rounds as the torch program's does.
-Compiled code is kept on disk by numba. Only `_compiled` imports this file, and only where it is worth it.
+instructions; numba fuses no multiplication with an addition, so every step rounds as the torch program's does. Sums
+start at -0, which changes no number, not even a zero. Shifts are taken modulo 32: a compiler that does not know them to
+be below 32 works with 64 bits. Compiled code is kept on disk by numba. Only `_compiled` imports this file, and only
+where it is worth it.
 """
 
 import numpy as np
@@ -11,6 +13,7 @@ from numba import njit
 
 WIDTH = 1024  # entries of a block
 INFINITE = np.uint32(0x7F800000)  # the exponent of what is not finite
+LIMIT = np.uint32(31)  # of a shift
 NEVER = -1.0  # below every magnitude
 
 compiled = njit(nogil=True, cache=True, error_model="numpy")
@@ -19,6 +22,7 @@ compiled = njit(nogil=True, cache=True, error_model="numpy")
 @compiled
 def widen(stored, shift, bits):
     """Bits of float32 for stored ones; says whether one is not finite."""
+    shift = np.uint32(shift & LIMIT)
     worst = np.uint32(0)
     for i in range(stored.size):
         wide = np.uint32(np.uint32(stored[i]) << shift)
@@ -30,14 +34,15 @@ def widen(stored, shift, bits):
 @compiled
 def narrow(bits, shift, stored):
     """The reverse, rounded to the nearest, to even between two; says whether one is not finite."""
+    shift = np.uint32(shift & LIMIT)
     worst = np.uint32(0)
     half = np.uint32(np.uint32(1 << shift) >> 1)
     odd = np.uint32(1 if shift else 0)
     for i in range(stored.size):
         wide = bits[i]
-        wide = np.uint32(np.uint32(wide + half - odd + ((wide >> shift) & odd)) >> shift)
-        stored[i] = wide
-        worst = max(worst, np.uint32(np.uint32(wide << shift) & INFINITE))
+        wide = np.uint32(wide + half - odd + ((wide >> shift) & odd))
+        stored[i] = np.uint32(wide >> shift)
+        worst = max(worst, np.uint32(wide & INFINITE))
     return worst == INFINITE
 
 
@@ -52,23 +57,20 @@ def merge(members, base, kept, below, upto, divisors, factors, weights, scale, o
     """
     elected, before, after, divide_by, counted, zero = weights
     count = len(members)
-    bits = np.empty((count + 3, WIDTH), np.uint32)
+    bits = np.zeros((count + 4, WIDTH), np.uint32)
     numbers = bits.view(np.float32)
-    ground, signs = numbers[count], numbers[count + 1]
-    result = numbers[count + 2]
     bad = False
     for start in range(0, out.size, WIDTH):
         here = slice(start, min(start + WIDTH, out.size))
         size = here.stop - start
+        ground, signs = numbers[count][:size], numbers[count + 1][:size]
+        shares, result = numbers[count + 2][:size], numbers[count + 3][:size]
         if base.size:
             bad |= widen(base[here], shift, bits[count])
+        signs[:] = -0.0
         for m in range(count):
             tau = numbers[m][:size]
-            bad |= widen(members[m][here], shift, bits[m])
-            if base.size:
-                subtract(tau, ground)
-            if below[m] != NEVER or upto[m] != np.inf:
-                trim(tau, below[m], upto[m])
+            bad |= sparse_difference(members[m][here], shift, ground, below[m], upto[m], tau)
             if kept.size:
                 choose(tau, kept[m][here])
             if divisors[m] != 1:
@@ -77,20 +79,28 @@ def merge(members, base, kept, below, upto, divisors, factors, weights, scale, o
                 multiply(tau, factors[m])
             if before.size:
                 multiply(tau, before[m])
+            if elected:
+                add(signs, tau, np.float32(1))
+        result[:] = -0.0
         if elected:
-            bad |= elect(numbers, count, zero, signs[:size])
-        start_sum(result[:size], numbers[0], after[0])
-        for m in range(1, count):
-            add(result[:size], numbers[m], after[m])
-        if elected:
-            give_signs(result[:size], signs)
-        if divide_by.size:
-            share_out(numbers, count, divide_by, counted, result[:size], signs)
+            bad |= elect(signs, zero)
+            shares[:] = 0
+            for m in range(count):
+                share = divide_by[m] if divide_by.size else np.float32(0)
+                add_agreeing(result, shares, numbers[m], signs, after[m], share)
+            give_signs(result, signs)
+            if divide_by.size and counted:
+                divide_by_counts(result, shares)
+            elif divide_by.size:
+                divide_by_shares(result, shares)
+        else:
+            for m in range(count):
+                add(result, numbers[m], after[m])
         if scale != 1:
-            multiply(result[:size], scale)
+            multiply(result, scale)
         if base.size:
-            add(result[:size], ground, np.float32(1))
-        bad |= narrow(bits[count + 2][:size], out_shift, out[here])
+            add(result, ground, np.float32(1))
+        bad |= narrow(bits[count + 3][:size], out_shift, out[here])
     return bad
 
 
@@ -99,16 +109,18 @@ def merge(members, base, kept, below, upto, divisors, factors, weights, scale, o
 
 
 @compiled
-def subtract(a, b):
-    for i in range(a.size):
-        a[i] -= b[i]
-
-
-@compiled
-def trim(a, below, upto):
-    for i in range(a.size):
-        magnitude = abs(a[i])
-        a[i] = a[i] if (magnitude > below) & (magnitude <= upto) else np.float32(0)
+def sparse_difference(stored, shift, ground, below, upto, tau):
+    """Stored numbers less those of the base, where the magnitude of that is in between; says whether one that is stored
+    is not finite."""
+    shift = np.uint32(shift & LIMIT)
+    worst = np.uint32(0)
+    for i in range(stored.size):
+        wide = np.uint32(np.uint32(stored[i]) << shift)
+        difference = wide.view(np.float32) - ground[i]
+        magnitude = abs(difference)
+        tau[i] = difference if (magnitude > below) & (magnitude <= upto) else np.float32(0)
+        worst = max(worst, np.uint32(wide & INFINITE))
+    return worst == INFINITE
 
 
 @compiled
@@ -130,56 +142,36 @@ def multiply(a, by):
 
 
 @compiled
-def start_sum(a, b, weight):
-    for i in range(a.size):
-        a[i] = b[i] * weight
-
-
-@compiled
 def add(a, b, weight):
     for i in range(a.size):
         a[i] += b[i] * weight
 
 
 @compiled
-def give_signs(a, signs):
-    for i in range(a.size):
-        a[i] *= signs[i]
-
-
-@compiled
-def elect(numbers, count, zero, signs):
-    """Elected signs; of every member what has another sign becomes zero, the rest its magnitude. Says whether a sum is
-    no number: infinities of both signs would elect nobody, without a word."""
+def elect(sums, zero):
+    """Signs in the place of sums. Says whether a sum is no number: infinities of both signs would elect nobody, without
+    a word."""
     lost = np.uint8(0)
-    start_sum(signs, numbers[0], np.float32(1))
-    for m in range(1, count):
-        add(signs, numbers[m], np.float32(1))
-    for i in range(signs.size):
-        lost |= np.uint8(signs[i] != signs[i])
-        signs[i] = np.float32(1) if signs[i] > 0 else np.float32(-1) if signs[i] < 0 else zero
-    for m in range(count):
-        agree(numbers[m][: signs.size], signs)
+    for i in range(sums.size):
+        lost |= np.uint8(sums[i] != sums[i])
+        sums[i] = np.float32(1) if sums[i] > 0 else np.float32(-1) if sums[i] < 0 else zero
     return lost != 0
 
 
 @compiled
-def agree(a, signs):
-    for i in range(a.size):
+def add_agreeing(sums, shares, a, signs, weight, share):
+    """Add the magnitudes of what has the elected sign, and its share where there is any."""
+    for i in range(sums.size):
         agreeing = a[i] * signs[i]
-        a[i] = agreeing if agreeing >= 0 else np.float32(0)
+        agreeing = agreeing if agreeing >= 0 else np.float32(0)
+        sums[i] += agreeing * weight
+        shares[i] += share if agreeing > 0 else np.float32(0)
 
 
 @compiled
-def share_out(numbers, count, divide_by, counted, sums, shares):
-    """Divide sums by what agrees: the number of members (``counted``), or the sum of their shares."""
-    shares[:] = 0
-    for m in range(count):
-        add_share(shares[: sums.size], numbers[m], divide_by[m])
-    if counted:
-        divide_by_counts(sums, shares)
-    else:
-        divide_by_shares(sums, shares)
+def give_signs(a, signs):
+    for i in range(a.size):
+        a[i] *= signs[i]
 
 
 @compiled
@@ -195,33 +187,25 @@ def divide_by_shares(a, shares):
 
 
 @compiled
-def add_share(shares, a, share):
-    for i in range(shares.size):
-        shares[i] += share if a[i] > 0 else np.float32(0)
-
-
-@compiled
 def split(members, base, shift, limits, counts, found):
     """For each member and each of its brackets ``limits`` (members, brackets, 3) float32, from a lowest to a highest
     value around a likely one: how many magnitudes (of the member or, with a base, of its task vector) lie above it, how
     many are the likely one, and how many others lie in it, into ``counts`` (members, brackets, 3); those others into
-    ``found`` (members, brackets, n). Says whether a number is not finite."""
-    bits = np.empty((2, WIDTH), np.uint32)
+    ``found`` (members, brackets, n + 1). Says whether a number is not finite."""
+    bits = np.zeros((2, WIDTH), np.uint32)
     numbers = bits.view(np.float32)
-    inside = np.empty(WIDTH, np.uint8)
+    inside = np.zeros(WIDTH, np.uint8)
+    places = np.zeros(WIDTH // 8, np.int64)
     bad = False
     counts[:] = 0
     n = members[0].size
     for start in range(0, n, WIDTH):
         here = slice(start, min(start + WIDTH, n))
-        values = numbers[0][: here.stop - start]
+        values, ground = numbers[0][: here.stop - start], numbers[1]
         if base.size:
             bad |= widen(base[here], shift, bits[1])
         for m in range(len(members)):
-            bad |= widen(members[m][here], shift, bits[0])
-            if base.size:
-                subtract(values, numbers[1])
-            magnitudes(values)
+            bad |= magnitudes(members[m][here], shift, ground, values)
             for k in range(limits.shape[1]):
                 low, high, likely = limits[m, k]
                 above, within, ties = count(values, low, high, likely)
@@ -229,14 +213,20 @@ def split(members, base, shift, limits, counts, found):
                 own[0] += above
                 own[1] += ties
                 if within > ties:
-                    own[2] = gather(values, low, high, likely, inside, found[m, k], own[2])
+                    own[2] = gather(values, low, high, likely, inside, places, found[m, k], own[2])
     return bad
 
 
 @compiled
-def magnitudes(a):
-    for i in range(a.size):
-        a[i] = abs(a[i])
+def magnitudes(stored, shift, ground, values):
+    """Of stored numbers less those of the base; says whether one that is stored is not finite."""
+    shift = np.uint32(shift & LIMIT)
+    worst = np.uint32(0)
+    for i in range(stored.size):
+        wide = np.uint32(np.uint32(stored[i]) << shift)
+        values[i] = abs(wide.view(np.float32) - ground[i])
+        worst = max(worst, np.uint32(wide & INFINITE))
+    return worst == INFINITE
 
 
 @compiled
@@ -251,17 +241,20 @@ def count(a, low, high, likely):
 
 
 @compiled
-def gather(a, low, high, likely, inside, found, at):
+def gather(a, low, high, likely, inside, places, found, at):
     """Put what lies from ``low`` to ``high`` but for the likely value into ``found`` from ``at`` on; returns where the
-    next goes. It is little, so flags (``inside``, a place for them) are looked at eight at a time."""
+    next goes. It is little, so flags are looked at eight at a time, and nothing is jumped over: no processor guesses
+    where it is. ``inside`` and ``places`` have room for flags and for numbers of eights."""
     inside[:] = 0
     for i in range(a.size):
         inside[i] = (a[i] >= low) & (a[i] <= high) & (a[i] != likely)
     words = inside.view(np.uint64)
+    some = 0
     for word in range(words.size):
-        if words[word]:
-            for i in range(8 * word, 8 * word + 8):
-                if inside[i]:
-                    found[at] = a[i]
-                    at += 1
+        places[some] = word
+        some += np.int64(words[word] != 0)
+    for place in places[:some]:
+        for i in range(8 * place, 8 * place + 8):
+            found[at] = a[i]
+            at += np.int64(inside[i])
     return at

@@ -131,7 +131,7 @@ def merge(
 
         folder = ranks.on_first(prepare)
         if processes and threads > 1 and ranks.count == 1 and place.type == "cpu" and forks.can_fork():
-            manifests = forks.together(threads, lambda team: make_share(folder, team, 1))
+            manifests = stack.enter_context(forks.together(threads, lambda team: make_share(folder, team, 1)))
         else:
             manifests = ranks.together(lambda: make_share(folder, ranks, threads))
         how = {name: how for manifest in manifests for name, how in manifest.done.items()}
@@ -205,7 +205,8 @@ def share(jobs: list, specs: Mapping[str, Spec], shard_size: int, team: Team) ->
 
 @dataclass
 class Run:
-    """One process's part of a merge: ``own`` outputs of all jobs, into a sink."""
+    """One process's part of a merge: ``own`` outputs of all jobs, into a sink. Where the team takes turns, that is only
+    its part of what methods ask of the whole model."""
 
     jobs: list
     own: set[str]
@@ -220,23 +221,25 @@ class Run:
         """Serve what methods ask of the whole model, then make the tensors that are not finished yet."""
         done = set() if self.manifest is None else set(self.manifest.done)
         self.settle(done)
-        todo = [job for job in self.jobs if output_of(job).output in self.own - done]
+        turns = self.team.takes_turns
+        todo = [job for job in self.jobs if (name := output_of(job).output) not in done and (turns or name in self.own)]
         todo.sort(key=lambda job: -prod(output_of(job).shape))  # the largest first: nobody is left with it at the end
         elements = [prod(output_of(job).shape) for job in todo]
-        with tqdm(total=sum(elements), unit="", unit_scale=True, desc="merge", disable=self.disabled()) as bar:
+        expected = sum(elements) // (self.team.count if turns else 1)
+        with tqdm(total=expected, unit="", unit_scale=True, desc="merge", disable=self.disabled()) as bar:
             lock = Lock()
 
             def written(count: int) -> None:
                 with lock:
-                    bar.update(count)
+                    bar.update(min(count, expected - bar.n))  # in turns it may become more
 
             maker = Maker(self.reader, self.sink, written)
-            cut = sum(size * 2 * self.workers.threads > sum(elements) for size in elements)
+            cut = 0 if turns else sum(size * 2 * self.workers.threads > sum(elements) for size in elements)
             for job in todo[:cut]:  # larger than half of a worker's part: cut among all of them
                 self.finish(maker, job, self.workers.map)
-            self.workers.each(
-                lambda job: self.finish(maker, job, map), todo[cut:], lambda job: memory_of(job, self.reader.chunk_size)
-            )
+            need = lambda job: memory_of(job, self.reader.chunk_size)  # noqa: E731
+            self.workers.each(lambda job: self.finish(maker, job, map), self.team.turns(todo[cut:]), need)
+            bar.update(expected - bar.n)
 
     def finish(self, maker: Maker, job: Any, run: Callable[..., Any]) -> None:
         how = maker.make(job, run)

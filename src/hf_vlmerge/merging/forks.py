@@ -11,7 +11,8 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -26,12 +27,15 @@ def can_fork() -> bool:
 
 
 class Fork(NamedTuple):
-    """One of ``count`` processes; 0 is the one that was there before. It holds a line to each other one, they to it."""
+    """One of ``count`` processes; 0 is the one that was there before. It holds a line to each other one, they to it.
+    ``counter`` is an open file that all of them share."""
 
     index: int
     count: int
     lines: tuple[Connection, ...]
+    counter: int
     machines: int = 1
+    takes_turns = True
 
     @property
     def first(self) -> bool:
@@ -46,6 +50,12 @@ class Fork(NamedTuple):
             return values
         send(self.lines[0], ("value", value))
         return received(self.lines[0])
+
+    def turns(self, items: Sequence[T]) -> Iterator[T]:
+        """Of the same items in all processes, each goes to who asks first. The file's place counts: Linux moves it for
+        one process at a time."""
+        while (turn := os.lseek(self.counter, 1, os.SEEK_CUR) - 1) < len(items):
+            yield items[turn]
 
 
 def send(line: Connection, message: tuple[str, Any]) -> None:
@@ -63,9 +73,14 @@ def received(line: Connection) -> Any:
     return value
 
 
-def together(count: int, work: Callable[[Fork], T]) -> list[T]:
-    """Do a piece of work in ``count`` processes, this one among them; return all results, or raise the first error."""
+@contextmanager
+def together(count: int, work: Callable[[Fork], T]) -> Iterator[list[T]]:
+    """Do a piece of work in ``count`` processes, this one among them; gives all results, or raises the first error.
+
+    While the block runs, the others give back their memory, which takes a while.
+    """
     gc.freeze()  # objects that are not looked at stay shared
+    counter = os.memfd_create("turns")
     pairs = [Pipe() for _ in range(count - 1)]
     lines = tuple(mine for mine, _ in pairs)
     children: list[int] = []
@@ -78,11 +93,11 @@ def together(count: int, work: Callable[[Fork], T]) -> list[T]:
                     mine.close()
                     if other is not theirs:
                         other.close()
-                be_a_copy(Fork(i, count, (theirs,)), work, parent)
+                be_a_copy(Fork(i, count, (theirs,), counter), work, parent)
             children.append(pid)
             theirs.close()
-        result = work(Fork(0, count, lines))
-        return [result, *(received(line) for line in lines)]
+        result = work(Fork(0, count, lines, counter))
+        yield [result, *(received(line) for line in lines)]
     except BaseException:
         for pid in children:
             os.kill(pid, signal.SIGKILL)
@@ -92,6 +107,7 @@ def together(count: int, work: Callable[[Fork], T]) -> list[T]:
             os.waitpid(pid, 0)
         for line in lines:
             line.close()
+        os.close(counter)
         gc.unfreeze()
 
 

@@ -15,17 +15,22 @@ T = TypeVar("T")
 
 
 class Team(Protocol):
-    """This process among ``count`` on ``machines`` machines, that share one piece of work."""
+    """This process among ``count`` on ``machines`` machines, that share one piece of work. Where they take turns, each
+    works on what nobody else has begun; otherwise everybody knows beforehand what is whose."""
 
     index: int
     count: int
     machines: int
+    takes_turns: bool
 
     @property
     def first(self) -> bool: ...
 
     def exchange(self, value: T) -> list[T]:
         """Everybody's value, in the order of the processes."""
+
+    def turns(self, items: Sequence[T]) -> Iterable[T]:
+        """Those of the items that come to this process, while it works on them."""
 
 
 class Ranks(NamedTuple):
@@ -35,6 +40,7 @@ class Ranks(NamedTuple):
     count: int = 1
     machines: int = 1
     group: Any = None
+    takes_turns = False
 
     @classmethod
     def launched(cls) -> "Ranks":
@@ -63,6 +69,9 @@ class Ranks(NamedTuple):
         values: list[Any] = [None] * self.count
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def turns(self, items: Sequence[T]) -> Sequence[T]:
+        return items
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """Everybody works; all results, or on every rank the first error of any."""

@@ -20,6 +20,7 @@ from ..errors import MergeError
 from .dtypes import SAFETENSORS
 
 POPULATE_READ = 22  # Linux: all pages at once, not one by one as they are touched
+POPULATED = 20  # bits: pages are asked for by the MiB, and once
 MAX_HEADER = 100 * 1000 * 1000  # bytes; the limit of the reference implementation
 
 
@@ -40,6 +41,7 @@ class SafetensorsFile:
             # the map lives as long as a tensor that shows some of it
             self.map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY)
             self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
+            self.populated = bytearray((len(self.map) >> POPULATED) + 1)
         except BaseException:
             self.close()
             raise
@@ -88,11 +90,19 @@ class SafetensorsFile:
         if os.fstat(self.descriptor).st_size < last:
             raise MergeError(f"{self.path.name} became shorter while it was read ({key})")
         if last > first:
-            with suppress(AttributeError, OSError):  # not everywhere, and no harm done if it cannot
-                page = first - first % mmap.PAGESIZE
-                self.map.madvise(POPULATE_READ, page, last - page)
+            self._populate(first >> POPULATED, ((last - 1) >> POPULATED) + 1)
         data = self.bytes[first : max(first, last)]
         return (data if first % size == 0 else data.clone()).view(entry.dtype)
+
+    def _populate(self, start: int, stop: int) -> None:
+        """Map the pages of some MiB that were not asked for before: to ask again takes a fifth of the time."""
+        parts = self.populated[start:stop]
+        if all(parts):
+            return
+        self.populated[start:stop] = bytes([1]) * len(parts)
+        at, end = start << POPULATED, min(stop << POPULATED, len(self.map))
+        with suppress(AttributeError, OSError):  # not everywhere, and no harm done if it cannot
+            self.map.madvise(POPULATE_READ, at, end - at)
 
 
 def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
