@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_vlmerge.merging import MergeError, _compiled, get_merge_method, list_merge_methods, merge, merge_tensors
+from hf_vlmerge.merging import MergeError, _compiled, _ops, get_merge_method, list_merge_methods, merge, merge_tensors
 from tests.merging.every_method import SHAPES
 
 pytest.importorskip("numba")
@@ -196,6 +196,25 @@ def test_without_numba_or_a_place_for_it_torch_merges(inputs, monkeypatch, tmp_p
     assert weights(recipe, tmp_path / "out") == expected
     monkeypatch.setattr(_compiled, "find_spec", lambda name: None)
     assert weights(recipe, tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("width", [256, 301, 1024, 5000])
+def test_ranks_within_rows_are_the_same_with_and_without_kernels(width, monkeypatch):
+    rows = torch.randn(9, width, generator=torch.Generator().manual_seed(0))
+    rows[1] = rows[1].bfloat16()  # ties
+    rows[2], rows[3] = 0.0, -0.0
+    rows[4, ::3], rows[4, 1::3], rows[4, 2::3] = torch.inf, torch.nan, -torch.inf
+    rows[5] *= 1e-42  # subnormal
+    rows[6] = torch.arange(width)
+    rows[7] = -torch.arange(width).flip(0)
+    rows[8] = torch.tensor([1.0, -1.0]).repeat(width)[:width]
+    assert _compiled.load() and _compiled.is_loaded()
+    compiled = _ops.by_rank(rows, 0.25, 0.75)
+    monkeypatch.setattr(_compiled, "is_loaded", lambda: False)
+    expected = _ops.by_rank(rows, 0.25, 0.75)
+    assert torch.equal(compiled, expected)
+    assert expected[6].tolist() == torch.linspace(0.25, 0.75, width, dtype=torch.float64).float().tolist()
+    assert compiled[8, 0] == 0.25 and compiled[8, -1] == 0.75  # of equal ones the earlier ranks lower
 
 
 def test_a_package_is_absent_only_while_it_is_said_to_be():

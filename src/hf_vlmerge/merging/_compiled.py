@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SHIFTS = {torch.bfloat16: 16, torch.float32: 0}  # from the bits as stored to those of float32
 WORTH_IT = 1 << 28  # input entries of a merge
 MASKED = 1 << 17  # entries whose random choice is held at once
+WIDE = 1 << 8  # columns of a row that is worth to be counted
 NOTHING = np.empty(0, np.float32)
 
 
@@ -45,6 +46,10 @@ def load(alone: bool = False) -> bool:
     except (ImportError, RuntimeError):  # numba does not fit to NumPy, or finds no place for what it compiles
         return False
     return True
+
+
+def is_loaded() -> bool:
+    return sys.modules.get(f"{__package__}._kernels") is not None
 
 
 @contextmanager
@@ -158,9 +163,18 @@ def as_numbers(values: Sequence[float]) -> np.ndarray:
 
 
 def as_bits(values: Tensor) -> np.ndarray:
-    """A view of a flat tensor of bfloat16 or float32 as unsigned integers."""
+    """A view of a tensor of bfloat16 or float32 as unsigned integers."""
     narrow = values.dtype.itemsize == 2
     return values.view(torch.int16 if narrow else torch.int32).numpy().view(np.uint16 if narrow else np.uint32)
+
+
+def by_rank(rows: Tensor, steps: Tensor) -> Tensor:
+    """What `_ops.by_rank` makes of these float32 rows on the CPU, once the kernels are loaded."""
+    from ._kernels import by_rank as rank
+
+    out = torch.empty(rows.shape)
+    rank(as_bits(rows.contiguous()), steps.numpy(), out.numpy())
+    return out
 
 
 def split_stored(run: Stored, deltas: bool, limits: np.ndarray) -> list[tuple[int, int, np.ndarray]]:

@@ -15,6 +15,9 @@ WIDTH = 1024  # entries of a block
 INFINITE = np.uint32(0x7F800000)  # the exponent of what is not finite
 LIMIT = np.uint32(31)  # of a shift
 NEVER = -1.0  # below every magnitude
+PLACES = np.uint64(11)  # bits of a digit
+DIGITS = 1 << 11
+LAST = np.uint64(DIGITS - 1)
 
 compiled = njit(nogil=True, cache=True, error_model="numpy")
 
@@ -258,3 +261,38 @@ def gather(a, low, high, likely, inside, places, found, at):
             found[at] = a[i]
             at += np.int64(inside[i])
     return at
+
+
+@compiled
+def by_rank(bits, steps, out):
+    """``out`` (rows, width) gets of ``steps`` (width,) the one at the rank of each magnitude in its row, of equal ones
+    the earlier first: sorted with their columns by digits, the lowest first."""
+    width = bits.shape[1]
+    keys = np.empty((2, width), np.uint64)
+    counts = np.empty((3, DIGITS), np.int32)
+    for row in range(bits.shape[0]):
+        source, target = keys[0], keys[1]
+        counts[:] = 0
+        for i in range(width):
+            magnitude = np.uint64(bits[row, i] & np.uint32(0x7FFFFFFF))
+            source[i] = (magnitude << np.uint64(32)) | np.uint64(i)
+            counts[0, magnitude & LAST] += 1
+            counts[1, (magnitude >> PLACES) & LAST] += 1
+            counts[2, magnitude >> np.uint64(2 * PLACES)] += 1
+        for digit in range(3):
+            own = counts[digit]
+            shift = np.uint64(32 + digit * PLACES)
+            if own[(source[0] >> shift) & LAST] == width:
+                continue  # all have the same
+            before = 0
+            for k in range(DIGITS):
+                here = own[k]
+                own[k] = before
+                before += here
+            for i in range(width):
+                k = (source[i] >> shift) & LAST
+                target[own[k]] = source[i]
+                own[k] += 1
+            source, target = target, source
+        for i in range(width):
+            out[row, source[i] & np.uint64(0xFFFFFFFF)] = steps[i]

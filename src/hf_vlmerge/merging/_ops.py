@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _compiled
 from ._order import Scope, Values, delta_magnitudes, kth_largest
 from .registry import Chunk, Counts, MergeError, Program, WholeModel
 
@@ -207,12 +208,15 @@ def by_rank(rows: Tensor, first: float, last: float) -> Tensor:
     """Numbers from ``first`` to ``last`` by the rank of each entry's magnitude in its row, exactly; of equal ones the
     earlier ranks lower. A key holds the bits of a magnitude and its column, so that sorting keys ranks the columns."""
     width = rows.shape[1]
+    steps = torch.linspace(first, last, width, dtype=torch.float64) if width > 1 else torch.tensor([(first + last) / 2])
+    steps = steps.float()
+    if rows.is_cpu and width >= _compiled.WIDE and _compiled.is_loaded():
+        return _compiled.by_rank(rows, steps)
     places = max(1, (width - 1).bit_length())
     keys = rows.abs().view(torch.int32).to(torch.int64).bitwise_left_shift_(places)
     keys = sort_rows_(keys.bitwise_or_(torch.arange(width, device=rows.device)))
-    steps = torch.linspace(first, last, width, dtype=torch.float64) if width > 1 else torch.tensor([(first + last) / 2])
     columns = keys.bitwise_and_((1 << places) - 1)
-    return torch.empty_like(rows).scatter_(1, columns, steps.float().to(rows.device).expand(rows.shape))
+    return torch.empty_like(rows).scatter_(1, columns, steps.to(rows.device).expand(rows.shape))
 
 
 def sort_rows_(values: Tensor) -> Tensor:
