@@ -1,13 +1,23 @@
 """Compiled forms give the bits of the torch programs, and say the same of what is wrong."""
 
 import json
+import os
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_vlmerge.merging import MergeError, _compiled, _ops, get_merge_method, list_merge_methods, merge, merge_tensors
+from hf_vlmerge.merging import (
+    MergeError,
+    _compiled,
+    _ops,
+    get_merge_method,
+    list_merge_methods,
+    merge,
+    merge_tensors,
+    streaming,
+)
 from tests.merging.every_method import SHAPES
 
 pytest.importorskip("numba")
@@ -196,6 +206,24 @@ def test_without_numba_or_a_place_for_it_torch_merges(inputs, monkeypatch, tmp_p
     assert weights(recipe, tmp_path / "out") == expected
     monkeypatch.setattr(_compiled, "find_spec", lambda name: None)
     assert weights(recipe, tmp_path / "out") == expected
+
+
+def test_what_is_read_once_is_copied_whole_in_several_pieces_or_mapped(inputs, always, monkeypatch, tmp_path):
+    recipe = recipe_for(inputs / "bfloat16", "linear", {})
+    expected = weights(recipe, tmp_path / "copied")
+    at_once, asked = os.preadv, []
+
+    def in_pieces(descriptor, buffers, offset):
+        asked.append(len(buffers[0]))
+        return at_once(descriptor, [buffers[0][:1000]], offset)
+
+    monkeypatch.setattr(os, "preadv", in_pieces)
+    assert weights(recipe, tmp_path / "pieces") == expected and asked
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    with pytest.raises(MergeError, match="became shorter while it was read"):
+        weights(recipe, tmp_path / "shorter")
+    monkeypatch.setattr(streaming, "CAN_COPY", False)
+    assert weights(recipe, tmp_path / "mapped") == expected
 
 
 @pytest.mark.parametrize("width", [256, 301, 1024, 5000])

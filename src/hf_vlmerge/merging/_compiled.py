@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .program import Chunk, NotFinite, Stored
+from .program import Chunk, NotFinite, Stored, Unread
 
 if TYPE_CHECKING:
     from ._ops import Trim
 
 SHIFTS = {torch.bfloat16: 16, torch.float32: 0}  # from the bits as stored to those of float32
 WORTH_IT = 1 << 28  # input entries of a merge
+COPIED = 1 << 18  # entries of each input that are read at once, into memory that stays in the cache
 MASKED = 1 << 17  # entries whose random choice is held at once
 WIDE = 1 << 8  # columns of a row that is worth to be counted
 NOTHING = np.empty(0, np.float32)
@@ -100,7 +101,7 @@ class Compiled:
     def __call__(self, c: Chunk) -> Tensor:
         return self.merge(c)
 
-    def of_stored(self, run: Stored, dtype: torch.dtype) -> Tensor:
+    def of_stored(self, run: Stored | Unread, dtype: torch.dtype) -> Tensor:
         """The merged run, rounded to ``dtype``. Raises NotFinite where an input or the result is not finite."""
         from ._kernels import NEVER, merge
 
@@ -114,7 +115,7 @@ class Compiled:
         weights, (scale,) = self.weights(list(run.weights)), as_numbers([self.scale])
         shifts = np.uint32(SHIFTS[run.dtype]), np.uint32(SHIFTS[dtype])
         chosen = any(share < 1 for share in self.density)
-        step = MASKED if chosen else max(1, count)
+        step = MASKED if chosen else COPIED if isinstance(run, Unread) else max(1, count)
         for start in range(0, count, step):
             own = run.part(start, min(start + step, count))
             kept = self.choice(own) if chosen else np.empty((0, 0), np.uint8)

@@ -52,7 +52,7 @@ class Maker:
         if self.keeps_equal(job):
             self.copy(group)
             return "equal"
-        reads = self.reader.reads(group, unit)
+        reads = self.reader.reads(group, unit, once=not has_passes(job))
         merge = complete(job.program, job.step, lambda: reads, unit, run=run)
         for _ in run(partial(self.merge_run, group, merge), reads):
             pass

@@ -139,6 +139,20 @@ class Stored(NamedTuple):
         return chosen((self.seed, self.name, member), self.start, self.count, probability)
 
 
+class Unread(NamedTuple):
+    """The same before it is read: ``read`` gives what lies between two flat indices."""
+
+    read: Callable[[int, int], Stored]
+    dtype: torch.dtype
+    members: tuple[str, ...]
+    weights: tuple[float, ...]
+    start: int
+    count: int
+
+    def part(self, start: int, stop: int) -> Stored:
+        return self.read(self.start + start, self.start + stop)
+
+
 Reduce = Callable[[Chunk], tuple[Tensor, ...]]  # int64 or float64 of fixed shape; the engine adds them up
 
 
@@ -184,7 +198,7 @@ class Read(NamedTuple):
     such a form, the run as it is stored."""
 
     chunks: Callable[[], Iterable[Chunk]]
-    stored: Callable[[], Stored] | None = None
+    stored: Callable[[], Stored | Unread] | None = None
 
     def __call__(self) -> Iterable[Chunk]:
         return self.chunks()

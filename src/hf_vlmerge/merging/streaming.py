@@ -1,6 +1,7 @@
 """Reading groups in chunks, and serving what programs ask for before they can merge."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -15,7 +16,7 @@ from ._compiled import SHIFTS
 from .devices import CHUNK_SIZE, CPU, place_in
 from .errors import MergeError
 from .groups import MergeGroup, Ref, Sources
-from .program import BLOCK, Chunk, Read, Reads, Step, Stored, Unit, WholeModel, begin, resume, shape_for, total
+from .program import BLOCK, Chunk, Read, Reads, Step, Stored, Unit, Unread, WholeModel, begin, resume, shape_for, total
 from .registry import Method
 from .tensors.dtypes import all_finite, is_mergeable
 
@@ -23,6 +24,7 @@ SAMPLED_RUN = 256  # elements of a sample that lie side by side
 SAMPLED_PART = 1 << 14  # there is one for every so many elements of a tensor,
 LEAST_RUNS, MOST_RUNS = 64, 2048  # but not fewer, and not more, so that memory does not grow with the largest tensor
 RUN = 1 << 20  # elements of one member whose chunks are handed out together
+CAN_COPY = hasattr(os, "preadv")
 PROBE = 1 << 12  # elements that are compared first: tensors that differ usually differ at once
 
 
@@ -149,9 +151,9 @@ class Reader:
         values = source[ref.key] if unit == "tensor" else source.read(ref.key, start, stop).float().reshape(shape)
         return values.to(self.device)
 
-    def reads(self, group: MergeGroup, unit: Unit) -> Reads:
-        """A call for each run of the group's chunks, in flat order, that reads it."""
-        chunks, stored = partial(self.chunks_of, group, unit, set()), partial(self.run_of, group)
+    def reads(self, group: MergeGroup, unit: Unit, once: bool = False) -> Reads:
+        """A call for each run of the group's chunks, in flat order, that reads it. ``once``: it will be read once."""
+        chunks, stored = partial(self.chunks_of, group, unit, set()), partial(self.run_of, group, once)
         compiled = self.has_compiled_form(group, unit)
         spans = self.spans(group, unit)
         runs = (Read(partial(chunks, *span), partial(stored, *span) if compiled else None) for span in spans)
@@ -164,11 +166,30 @@ class Reader:
         dtypes = {self.stored(ref, 0, 0).dtype for ref in group.refs}  # a view may give others than it says
         return len(dtypes) == 1 and dtypes <= SHIFTS.keys()
 
-    def run_of(self, group: MergeGroup, start: int, stop: int) -> Stored:
-        """A run as it is stored."""
-        values = [self.stored(ref, start, stop) for ref in group.refs]
-        base = None if group.base is None else values.pop()
-        return Stored(tuple(values), base, group.members, group.weights, group.output, start, self.seed)
+    def run_of(self, group: MergeGroup, once: bool, start: int, stop: int) -> Stored | Unread:
+        """A run as it is stored. What is read ``once`` is read by parts, since to map pages costs more than to copy
+        them; otherwise it is mapped."""
+        sources = [self.sources[ref.source] for ref in group.refs]
+        extents = [source.extent(ref.key) for ref, source in zip(group.refs, sources, strict=True)]
+        if not (once and CAN_COPY and all(extents)):
+            return self.as_stored(group, [self.stored(ref, start, stop) for ref in group.refs], start)
+        dtype = sources[0].dtype(group.refs[0].key)
+
+        def read(start: int, stop: int) -> Stored:
+            values = [torch.empty(stop - start, dtype=dtype) for _ in extents]
+            for (descriptor, offset), place, ref in zip(extents, values, group.refs, strict=True):
+                if not read_at(descriptor, place, offset + start * dtype.itemsize):
+                    label = self.sources[ref.source].label
+                    raise MergeError(f"{ref.key} of {label} ({ref.source}) became shorter while it was read")
+            return self.as_stored(group, values, start)
+
+        return Unread(read, dtype, group.members, group.weights, start, stop - start)
+
+    def as_stored(self, group: MergeGroup, values: list[Tensor], start: int) -> Stored:
+        """Values of all inputs, and last those of the base if there is one."""
+        members = tuple(values[: len(group.inputs)])
+        base = None if group.base is None else values[-1]
+        return Stored(members, base, group.members, group.weights, group.output, start, self.seed)
 
     def chunks(self, group: MergeGroup, unit: Unit) -> Iterator[Chunk]:
         """The group's chunks in flat order, in float32; each lasts until the next one is asked for."""
@@ -190,6 +211,17 @@ class Reader:
             if not all(same):
                 return False
         return True
+
+
+def read_at(descriptor: int, place: Tensor, offset: int) -> bool:
+    """Fill a flat tensor from a file; says whether there was enough."""
+    left = memoryview(place.view(torch.uint8).numpy())
+    while left:
+        count = os.preadv(descriptor, [left], offset)
+        if not count:
+            return False
+        left, offset = left[count:], offset + count
+    return True
 
 
 @dataclass
