@@ -288,3 +288,39 @@ def test_statistics_need_a_processor_and_name_no_path(specific, tmp_path, capsys
     assert "bare has no processor with its tokenizer beside the weights" in errors_of(capsys)
     assert main(["statistics", specific, str(tmp_path / "g.safetensors"), *command]) == 0
     assert open_source(tmp_path / "g.safetensors").metadata["source"] == '"specific"'
+
+
+ENDING = """
+import atexit
+from hf_vlmerge import cli
+
+class Torn:
+    def __del__(self):
+        print("torn down")
+
+def main():
+    atexit.register(print, "what others want done at the end", end="")
+    print("printed", end=" ")
+    END
+
+there = Torn()
+cli.main = main
+cli.command()
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "complaint"),
+    [
+        ("return 0", 0, ""),
+        ("return 2", 2, ""),
+        ("raise ValueError('as with --debug')", 1, "ValueError: as with --debug"),
+    ],
+)
+def test_a_command_ends_at_once_but_not_before_everything_is_done(end, code, complaint):
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING.replace("END", end)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code
+    assert done.stdout == "printed what others want done at the end"
+    assert complaint in done.stderr and bool(done.stderr) == bool(complaint)

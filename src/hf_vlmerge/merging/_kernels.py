@@ -247,7 +247,8 @@ def count(a, low, high, likely):
 def gather(a, low, high, likely, inside, places, found, at):
     """Put what lies from ``low`` to ``high`` but for the likely value into ``found`` from ``at`` on; returns where the
     next goes. It is little, so flags are looked at eight at a time, and nothing is jumped over: no processor guesses
-    where it is. ``inside`` and ``places`` have room for flags and for numbers of eights."""
+    where it is. ``a`` is the start of a whole block; ``inside`` and ``places`` have room for its flags and for numbers
+    of eights."""
     inside[:] = 0
     for i in range(a.size):
         inside[i] = (a[i] >= low) & (a[i] <= high) & (a[i] != likely)
