@@ -118,8 +118,7 @@ def our_recipe(method: str, folder: Path) -> dict:
     return recipe
 
 
-def started(command: list[str], out: Path) -> subprocess.Popen:
-    shutil.rmtree(out, ignore_errors=True)
+def started(command: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -134,8 +133,9 @@ def ended(process: subprocess.Popen) -> str:
 
 def timed(command: list[str], out: Path) -> tuple[float, float]:
     """Seconds of the whole process, and seconds inside (0 where it does not say)."""
+    shutil.rmtree(out, ignore_errors=True)
     start = time.perf_counter()
-    said = ended(started(command, out))
+    said = ended(started(command))
     whole = time.perf_counter() - start
     inside = [float(line.split()[1]) for line in said.splitlines() if line.startswith("INSIDE")]
     return whole, inside[0] if inside else 0.0
@@ -143,7 +143,8 @@ def timed(command: list[str], out: Path) -> tuple[float, float]:
 
 def peak_memory(command: list[str], out: Path) -> float:
     """The largest anonymous memory of a process and its copies in MB; what they share counts once."""
-    process, peak = started(command, out), 0.0
+    shutil.rmtree(out, ignore_errors=True)
+    process, peak = started(command), 0.0
     while now := anonymous(process.pid):
         peak = max(peak, now)
         time.sleep(0.05)

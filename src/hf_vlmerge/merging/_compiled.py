@@ -25,7 +25,7 @@ SHIFTS = {torch.bfloat16: 16, torch.float32: 0}  # from the bits as stored to th
 WORTH_IT = 1 << 28  # input entries of a merge
 COPIED = 1 << 18  # entries of each input that are read at once, into memory that stays in the cache
 MASKED = 1 << 17  # entries whose random choice is held at once
-WIDE = 1 << 8  # columns of a row that is worth to be counted
+WIDE = 1 << 8  # a row of so many columns is worth counting
 NOTHING = np.empty(0, np.float32)
 
 
